@@ -1,0 +1,237 @@
+"""MaskGIT as released by valeoai (Besnier and Chen 2023, arXiv 2310.14400, version 1.0).
+
+A bidirectional pre-LN transformer over image tokens followed by one class token, with a stem and
+a last layer, an output head tied to the embedding table, and an output bias per position.
+Source of the architecture: repository valeoai/Halton-MaskGIT, branch v1.0 (MIT licence).
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from mdruntime.manifest import ContextRow, DenoiserSpec
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdzoo.checkpoint import CheckpointError
+from mdzoo.layers import Block, Cache, LayerNorm
+
+STEM_EPSILON = 1e-12  # the blocks use PyTorch's default of 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class MaskGITConfig:
+    """Sizes of a MaskGIT denoiser.
+
+    The one vocabulary holds, in this order: codebook ids, the mask token, the classes, and the
+    dropped class of classifier-free guidance.
+    """
+
+    grid: int  # tokens on a side of the square image
+    codebook: int
+    classes: int
+    width: int
+    depth: int
+    heads: int
+    hidden: int  # width of the MLP between its two maps
+
+    def __post_init__(self) -> None:
+        """Check what no tensor shape can tell."""
+        if self.heads < 1 or self.width % self.heads:
+            raise CheckpointError(
+                f"heads must divide the width {self.width}, got {self.heads}; "
+                "the checkpoint cannot tell it: pass --set heads=N"
+            )
+
+    @property
+    def length(self) -> int:
+        """Number of image tokens."""
+        return self.grid**2
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding table."""
+        return self.codebook + self.classes + 2
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], *, heads: int, classes: int) -> Self:
+        """Read all sizes from the shapes of a published state dict.
+
+        Args:
+            state: tensors under their published names.
+            heads: number of attention heads, which no shape tells.
+            classes: number of classes; what is left of the vocabulary is the codebook.
+        """
+        canvas, width = _shape(state, "pos_emb", 3)[1:]
+        grid = math.isqrt(canvas - 1)
+        if grid**2 != canvas - 1:
+            raise CheckpointError(
+                f"pos_emb must cover a square image and one class token, got {canvas} positions"
+            )
+        layers = [re.match(r"transformer\.layers\.(\d+)\.", key) for key in state]
+        return cls(
+            grid=grid,
+            codebook=_shape(state, "tok_emb.weight", 2)[0] - classes - 2,
+            classes=classes,
+            width=width,
+            depth=1 + max((int(found[1]) for found in layers if found), default=-1),
+            heads=heads,
+            hidden=_shape(state, "transformer.layers.0.1.fn.net.0.weight", 2)[0],
+        )
+
+
+def _shape(state: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
+    found = state.get(key)
+    if found is None:
+        raise CheckpointError(
+            f"a MaskGIT checkpoint must hold {key!r}, found {len(state)} other tensors "
+            f"({', '.join(list(state)[:4])}, ...); is this file of another architecture?"
+        )
+    if found.ndim != dimensions:
+        raise CheckpointError(
+            f"{key!r} must have {dimensions} dimensions, got shape {tuple(found.shape)}"
+        )
+    return tuple(found.shape)
+
+
+def _mlp(width: int) -> list[nn.Module]:
+    return [LayerNorm(width, eps=STEM_EPSILON), nn.Linear(width, width), nn.GELU()]
+
+
+class MaskGIT(nn.Module):
+    """The denoiser: token ids in, logits over the codebook out.
+
+    Satisfies ``mdexport.Denoiser``.
+    """
+
+    def __init__(self, config: MaskGITConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.tokens = nn.Embedding(config.vocabulary, width)
+        self.positions = nn.Parameter(torch.zeros(config.length + 1, width))
+        self.bias = nn.Parameter(torch.zeros(config.length + 1, config.vocabulary))
+        self.dropout = nn.Dropout(dropout)
+        self.stem = nn.Sequential(
+            *_mlp(width), LayerNorm(width, eps=STEM_EPSILON), nn.Linear(width, width)
+        )
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.hidden, dropout) for _ in range(config.depth)
+        )
+        self.last = nn.Sequential(*_mlp(width), LayerNorm(width, eps=STEM_EPSILON))
+
+    @property
+    def spec(self) -> DenoiserSpec:
+        """What the runtime has to know; it is written into the manifest unchanged."""
+        config = self.config
+        return DenoiserSpec(
+            length=config.length,
+            canvas=config.length + 1,
+            first=0,
+            grid=(config.grid, config.grid),
+            codebook=config.codebook,
+            mask_token=config.codebook,
+            classes=config.classes,
+            layers=config.depth,
+            heads=config.heads,
+            head_size=config.width // config.heads,
+            context=(
+                ContextRow(
+                    position=config.length,
+                    offset=config.codebook + 1,
+                    dropped=config.vocabulary - 1,
+                ),
+            ),
+        )
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Return the published model's logits, without any cache.
+
+        Args:
+            tokens: int (batch, length), the mask token where hidden.
+            labels: int (batch,), -1 for the dropped class.
+
+        Returns:
+            (batch, length, codebook + 1) float32; the last column is the mask token's.
+        """
+        config = self.config
+        dropped = torch.full_like(labels, config.vocabulary - 1)
+        context = torch.where(labels < 0, dropped, config.codebook + 1 + labels)
+        ids = torch.cat([tokens, context[:, None]], dim=1)
+        x = self.stem(self.dropout(self.tokens(ids) + self.positions))
+        for block in self.blocks:
+            x = block(x)
+        return self._logits(x, self.bias, config.codebook + 1)[:, :-1]
+
+    def step(
+        self, tokens: Tensor, positions: Tensor, caches: Sequence[Cache]
+    ) -> tuple[Tensor, list[Cache]]:
+        """Recompute some rows of the canvas against the K/V caches.
+
+        Args:
+            tokens: int (rows, m), ids at the rows to recompute, the class token included.
+            positions: int (rows, m), which rows of the canvas these are.
+            caches: one per layer, (rows, heads, length + 1, head_size) each.
+
+        Returns:
+            Logits float32 (rows, m, codebook) and the refreshed caches.
+        """
+        x = self.stem(self.tokens(tokens) + F.embedding(positions, self.positions))
+        refreshed = []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x, cache = block.step(x, positions, cache)
+            refreshed.append(cache)
+        codebook = self.config.codebook
+        bias = F.embedding(positions, self.bias[:, :codebook])
+        return self._logits(x, bias, codebook), refreshed
+
+    def _logits(self, x: Tensor, bias: Tensor, columns: int) -> Tensor:
+        table = self.tokens.weight[:columns].float()
+        return F.linear(self.last(x).float(), table) + bias[..., :columns].float()
+
+
+# Published name, our name; {i} stands for the number of a block.
+_NAMES = (
+    ("tok_emb.", "tokens."),
+    ("first_layer.0.", "stem.0."),
+    ("first_layer.2.", "stem.1."),
+    ("first_layer.4.", "stem.3."),
+    ("first_layer.6.", "stem.4."),
+    ("transformer.layers.{i}.0.norm.", "blocks.{i}.norm1."),
+    ("transformer.layers.{i}.0.fn.mha.in_proj_", "blocks.{i}.attention.qkv."),
+    ("transformer.layers.{i}.0.fn.mha.out_proj.", "blocks.{i}.attention.out."),
+    ("transformer.layers.{i}.1.norm.", "blocks.{i}.norm2."),
+    ("transformer.layers.{i}.1.fn.net.0.", "blocks.{i}.mlp.up."),
+    ("transformer.layers.{i}.1.fn.net.3.", "blocks.{i}.mlp.down."),
+    ("last_layer.0.", "last.0."),
+    ("last_layer.2.", "last.1."),
+    ("last_layer.4.", "last.3."),
+)
+
+
+def _rename(key: str, names: Sequence[tuple[str, str]]) -> str:
+    number = re.search(r"\.(\d+)\.", key)
+    for before, after in names:
+        prefix = before.replace("{i}", number[1] if number else "")
+        if key.startswith(prefix):
+            return after.replace("{i}", number[1] if number else "") + key[len(prefix) :]
+    return key
+
+
+def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a published state dict under the names of ``MaskGIT``."""
+    renamed = {_rename(key, _NAMES): tensor for key, tensor in state.items()}
+    if "pos_emb" in renamed:
+        renamed["positions"] = renamed.pop("pos_emb")[0]
+    return renamed
+
+
+def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict of a ``MaskGIT`` under its published names."""
+    names = [(ours, theirs) for theirs, ours in _NAMES]
+    renamed = {_rename(key, names): tensor for key, tensor in state.items()}
+    renamed["pos_emb"] = renamed.pop("positions")[None]
+    return renamed

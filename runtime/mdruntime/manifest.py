@@ -1,0 +1,207 @@
+"""``manifest.json``: everything the runtime has to know about a bundle.
+
+The file is canonical JSON (two spaces of indentation, keys in the order of the records, one final
+newline) and carries the SHA-256 of itself without its last field, so that any altered byte shows.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from mdruntime.errors import BundleError
+from mdruntime.records import from_json, to_json
+from mdruntime.sampling import Sampling
+
+__all__ = [
+    "FORMAT",
+    "ContextRow",
+    "DenoiserSpec",
+    "FileSpec",
+    "GraphSpec",
+    "ImageSpec",
+    "Manifest",
+    "TensorSpec",
+    "VerificationRecord",
+    "WeightsSpec",
+    "dump",
+    "parse",
+]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ContextRow:
+    """A row of the canvas that holds the class label instead of a token.
+
+    Its id is ``offset + label``, or ``dropped`` for the unconditional rows of guidance.
+    """
+
+    position: int
+    offset: int
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class DenoiserSpec:
+    """The canvas of a denoiser and the shape of its K/V caches."""
+
+    length: int  # tokens
+    canvas: int  # rows: tokens and context rows
+    first: int  # row of the first token; the others follow it
+    grid: tuple[int, ...]  # (height, width) in tokens, or (length,)
+    codebook: int  # ids 0 to codebook - 1 can be drawn
+    mask_token: int
+    classes: int  # 0: unconditional
+    layers: int
+    heads: int
+    head_size: int
+    context: tuple[ContextRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An input or output of a graph; a text in the shape names an axis of free size."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSpec:
+    """An ONNX graph, in one or more spellings of the same computation."""
+
+    file: str
+    opset: int
+    spellings: dict[str, str]  # backend to file, where a backend needs another spelling
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    caches: tuple[tuple[str, str], ...]  # (input, output): bind both to one buffer
+    float32_operators: tuple[str, ...]  # that stay in float32 in a graph of lower precision
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpec:
+    """What the decoder returns."""
+
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsSpec:
+    """Where the weights come from."""
+
+    origin: str  # "trained", "checkpoint" or "random"
+    seed: int  # of random weights; -1 otherwise
+    files: dict[str, str]  # name of a checkpoint file to its SHA-256
+    parameters: int  # of the denoiser
+    licence: str
+
+    @property
+    def summary(self) -> str:
+        """One line that never lets random weights pass for trained ones."""
+        if self.origin == "random":
+            return f"RANDOM WEIGHTS (seed {self.seed}): for testing, the output is noise"
+        return f"weights from {', '.join(self.files) or 'training'} ({self.licence})"
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpec:
+    """Identity of a file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationRecord:
+    """What was measured when the bundle was built, and what was allowed."""
+
+    reference: str
+    limits: dict[str, float]
+    measured: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The whole of ``manifest.json``."""
+
+    format: int
+    name: str
+    family: str
+    task: str
+    precision: str
+    weights: WeightsSpec
+    denoiser: DenoiserSpec
+    image: ImageSpec
+    graphs: dict[str, GraphSpec]
+    buckets: tuple[int, ...]  # rows per pass for which static engines are built
+    presets: dict[str, Sampling]
+    files: dict[str, FileSpec]
+    verification: VerificationRecord
+    toolchain: dict[str, str]
+    digest: str = field(default="")
+
+    def __post_init__(self) -> None:
+        """Refuse paths that could leave the bundle."""
+        for path in [*self.files, *self._graph_files()]:
+            _check_path(path)
+        for path in self._graph_files():
+            if path not in self.files:
+                raise BundleError(f"manifest names the graph {path!r} but not its hash")
+        if "default" not in self.presets:
+            raise BundleError("manifest.presets lacks 'default'")
+
+    def _graph_files(self) -> list[str]:
+        return [
+            path
+            for graph in self.graphs.values()
+            for path in (graph.file, *graph.spellings.values())
+        ]
+
+
+def _check_path(path: str) -> None:
+    parts = PurePosixPath(path)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in path or not parts.parts:
+        raise BundleError(f"manifest path {path!r} leaves the bundle; do not trust this bundle")
+
+
+def _digest(data: dict[str, Any]) -> str:
+    rest = {key: value for key, value in data.items() if key != "digest"}
+    return hashlib.sha256(_encode(rest)).hexdigest()
+
+
+def _encode(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def dump(manifest: Manifest) -> bytes:
+    """Return the file's bytes, with the digest filled in."""
+    digest = _digest(to_json(manifest))
+    return _encode(to_json(replace(manifest, digest=digest)))
+
+
+def parse(raw: bytes) -> Manifest:
+    """Return the manifest in ``raw``.
+
+    Raises:
+        BundleError: not JSON, another format, altered, or not what the records say.
+    """
+    try:
+        data = json.loads(raw)
+    except ValueError as error:
+        raise BundleError(f"manifest.json is not JSON ({error}); export the bundle again") from None
+    if not isinstance(data, dict) or not isinstance(data.get("format"), int):
+        raise BundleError("manifest.json has no format number; is this a bundle of mdexport?")
+    if data["format"] != FORMAT:
+        raise BundleError(
+            f"the bundle has format {data['format']}, this mdruntime reads format {FORMAT}; "
+            "install the mdruntime that belongs to the exporter, or export the bundle again"
+        )
+    if data.get("digest") != _digest(data) or _encode(data) != raw:
+        raise BundleError("manifest.json was altered (its digest differs); export the bundle again")
+    return from_json(Manifest, data)

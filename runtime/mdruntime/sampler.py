@@ -1,0 +1,241 @@
+"""The sampler: a generator that unmasks a batch of canvases, one pass at a time.
+
+After every pass it yields a ``Step``: progress, animation, early stop and counting passes all
+follow from that. Nothing here knows a model; ``denoise`` is a callable.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdruntime.choice import Positions, choose
+from mdruntime.errors import SamplingError, VerificationError
+from mdruntime.head import Controls, Draws, Logits, draw_thinned
+from mdruntime.order import View
+from mdruntime.plan import Plan, make_plan
+from mdruntime.randomness import Purpose, Randomness
+from mdruntime.sampling import Sampling
+from mdruntime.turn import Turn, planned_turn, timed_turn
+
+__all__ = ["Canvas", "Denoise", "Pass", "Result", "Step", "Tokens", "unmask"]
+
+Tokens = NDArray[np.int32]  # (batch, length); the mask token where a position is still hidden
+
+_PASSES = 1 << 16  # more than the passes of any round, so that (round, part) make one number
+
+
+@dataclass(frozen=True, slots=True)
+class Canvas:
+    """What the sampler has to know of a denoiser."""
+
+    length: int
+    grid: tuple[int, ...]  # (height, width), or (length,)
+    mask_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A request to the denoiser: recompute some rows of some samples.
+
+    The samples change only when a full pass begins, so that a partial pass finds the cache rows
+    as the full pass before it laid them out.
+    """
+
+    samples: Positions  # (active,), indices into the batch
+    positions: Positions | None  # (active, m), or None for a full pass over the canvas
+    tokens: Tokens  # (active, m), or (active, length)
+    controls: Controls
+    uniforms: NDArray[np.float32]  # like tokens
+    logits: bool  # whether the guided logits are wanted too
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The denoiser's answer, aligned with the tokens of the request."""
+
+    draws: Draws
+    logits: Logits | None = None
+
+
+Denoise = Callable[[Pass], Result]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The state after one pass."""
+
+    tokens: Tokens  # (batch, length)
+    revealed: NDArray[np.bool_]  # (batch, length), by this pass
+    round: int
+    part: int  # 0 after the full pass of the round
+    passes: int  # so far, this one included
+    hidden: int  # tokens still hidden in the whole batch
+
+
+def unmask(
+    denoise: Denoise, tokens: Tokens, canvas: Canvas, sampling: Sampling, randomness: Randomness
+) -> Iterator[Step]:
+    """Reveal the hidden tokens of a batch, yielding a ``Step`` after every pass.
+
+    Args:
+        denoise: the denoiser.
+        tokens: int32 (batch, length), ``canvas.mask_token`` where hidden; other tokens are kept.
+        canvas: the denoiser's canvas.
+        sampling: schedule, order, plan and guidance.
+        randomness: of the batch's samples.
+
+    Raises:
+        SamplingError: more rounds than the canvas has tokens.
+        VerificationError: the denoiser returned NaN or infinity.
+    """
+    if sampling.rounds > canvas.length:
+        raise SamplingError(
+            f"rounds must be at most {canvas.length} (the tokens of the canvas), "
+            f"got {sampling.rounds}"
+        )
+    tokens = tokens.copy()
+    hidden = tokens == canvas.mask_token
+    start = hidden.sum(axis=1)
+    plans = [_plan(sampling, count) for count in start.tolist()]
+    index = passes = 0
+    while hidden.any():
+        active = np.flatnonzero(hidden.any(axis=1))
+        if sampling.entropy_bound:
+            turn = timed_turn(sampling, hidden[active].sum(axis=1), start[active])
+        else:
+            turn = planned_turn(sampling, [plans[sample] for sample in active], index)
+        state = _Round(
+            denoise, canvas, sampling, randomness.take(active.tolist()), active, index, turn
+        )
+        for part, revealed in enumerate(_play(state, tokens)):
+            passes += 1
+            hidden = tokens == canvas.mask_token
+            yield Step(tokens.copy(), revealed, index, part, passes, int(hidden.sum()))
+        index += 1
+
+
+def _plan(sampling: Sampling, hidden: int) -> Plan:
+    return make_plan(
+        sampling.schedule,
+        sampling.rounds,
+        hidden,
+        substeps=sampling.substeps,
+        refresh_interval=sampling.refresh_interval,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """One round: a full pass that chooses positions, and the partial passes after it."""
+
+    denoise: Denoise
+    canvas: Canvas
+    sampling: Sampling
+    randomness: Randomness  # of the active samples
+    active: Positions  # (active,), indices into the batch
+    index: int
+    turn: Turn
+
+    def run(self, tokens: Tokens, part: int, positions: Positions | None = None) -> Result:
+        """Run one pass over ``positions`` (active, m), or over the whole canvas."""
+        uniforms = self.uniforms(Purpose.TOKEN, part)
+        rows = tokens[self.active]
+        if positions is not None:
+            uniforms = np.take_along_axis(uniforms, positions, axis=1)
+            rows = np.take_along_axis(rows, positions, axis=1)
+        result = self.denoise(
+            Pass(self.active, positions, rows, self.turn.controls, uniforms, self.sampling.exact)
+        )
+        hidden = rows == self.canvas.mask_token
+        draws = result.draws
+        if not np.isfinite([draws.log_moment[hidden], draws.entropy[hidden]]).all():
+            raise VerificationError(
+                f"the denoiser returned NaN or infinite logits in round {self.index + 1}; "
+                "check the bundle with 'mdruntime verify'"
+            )
+        return result
+
+    def uniforms(self, purpose: Purpose, part: int) -> NDArray[np.float32]:
+        """Return float32 (active, length): one number per position and pass."""
+        turn = self.index * _PASSES + part
+        return self.randomness.uniforms(purpose, turn, self.canvas.length)
+
+
+def _play(state: _Round, tokens: Tokens) -> Iterator[NDArray[np.bool_]]:
+    """Run the passes of a round, writing into ``tokens``; yield what each revealed."""
+    result = state.run(tokens, 0)
+    view = View(
+        draws=result.draws,
+        gumbels=state.randomness.gumbels(state.index, state.canvas.length),
+        alpha=state.turn.alpha,
+        grid=state.canvas.grid,
+        randomness=state.randomness,
+    )
+    hidden = tokens[state.active] == state.canvas.mask_token
+    chosen = choose(state.sampling, state.turn, view, hidden)
+    positions = np.tile(np.arange(state.canvas.length), (len(state.active), 1))
+    for part in range(max(map(len, chosen))):
+        if part:
+            positions = _refreshed(state.sampling.refresh, chosen, part)
+            result = state.run(tokens, part, positions)
+        drawn = result.draws.sampled
+        if state.sampling.exact:
+            drawn = _redraw(state, view, result, positions, part)
+        yield _reveal(
+            tokens,
+            state.active,
+            [parts[part : part + 1] for parts in chosen],
+            _spread(drawn, positions, state.canvas.length),
+        )
+
+
+def _refreshed(refresh: str, chosen: list[list[Positions]], part: int) -> Positions:
+    """Return (active, m): the rows that a partial pass recomputes.
+
+    A sample with fewer rows than others repeats one: the same values are written twice. One that
+    has no part left recomputes what the next full pass will overwrite.
+    """
+    rows = [
+        np.concatenate(parts if refresh == "chosen" else parts[part - 1 : part + 1] or parts[-1:])
+        for parts in chosen
+    ]
+    width = max(map(len, rows))
+    return np.stack([np.pad(row, (0, width - len(row)), mode="edge") for row in rows])
+
+
+def _redraw(
+    state: _Round, view: View, result: Result, positions: Positions, part: int
+) -> NDArray[np.int32]:
+    """Draw tokens by MaskGIT's exact choose-then-sample law (sampler head, ``draw_thinned``)."""
+    if result.logits is None:
+        raise SamplingError("order 'maskgit-exact' needs logits, which this graph does not return")
+    alpha = np.where(view.alpha > 0, view.alpha, 1)[:, None]
+    log_wait = -view.draws.log_prob / alpha - view.gumbels
+    return draw_thinned(
+        result.logits,
+        state.turn.controls.temperature,
+        view.alpha,
+        np.take_along_axis(log_wait, positions, axis=1),
+        np.take_along_axis(state.uniforms(Purpose.REDRAW, part), positions, axis=1),
+    )
+
+
+def _spread(drawn: NDArray[np.int32], positions: Positions, length: int) -> NDArray[np.int32]:
+    """Return (active, length) with the drawn tokens at their positions."""
+    canvas = np.zeros((len(drawn), length), np.int32)
+    np.put_along_axis(canvas, positions, drawn, axis=1)
+    return canvas
+
+
+def _reveal(
+    tokens: Tokens, active: Positions, parts: list[list[Positions]], drawn: NDArray[np.int32]
+) -> NDArray[np.bool_]:
+    """Write each sample's part into ``tokens``; return bool (batch, length), what was written."""
+    revealed = np.zeros(tokens.shape, bool)
+    for row, (sample, part) in enumerate(zip(active, parts, strict=True)):
+        for positions in part:
+            tokens[sample, positions] = drawn[row, positions]
+            revealed[sample, positions] = True
+    return revealed

@@ -1,0 +1,152 @@
+"""The options of a sampler: one record, spelled alike in Python, manifest and command line."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from mdruntime.errors import SamplingError
+from mdruntime.guidance import GUIDANCE_SCHEDULES
+from mdruntime.order import HYBRID, find_order
+from mdruntime.schedule import SCHEDULES
+
+__all__ = ["Sampling"]
+
+_REFRESH = ("chosen", "recent")
+_TOKENS = ("order", "plain", "tempered")
+_RANGES = (  # field, smallest and largest value
+    ("rounds", 1, 4096),
+    ("substeps", 1, 4096),
+    ("refresh_interval", 1, 4096),
+    ("alpha", 0, 1000),
+    ("entropy_bound", 0, 1e6),
+    ("temperature", 0.01, 100),
+    ("guidance", 0, 100),
+    ("guidance_power", 0, 100),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a canvas is unmasked. Sections refer to Hayakawa et al. 2025 (arXiv 2510.04525)."""
+
+    rounds: int = 8
+    """Rounds of the unmasking schedule; each starts with a full pass."""
+    schedule: str = "cosine"
+    """Unmasking schedule, one of ``SCHEDULES``."""
+    entropy_bound: float = 0.0
+    """If positive, reveal as many positions a round as this bound in nats allows (EB-Sampler,
+    Ben-Hamu et al. 2025), instead of following the schedule."""
+    order: str = "moment"
+    """Which positions first: one of ``ORDERS`` or ``hybrid``."""
+    exploitation_order: str = "moment"
+    """The hybrid's order of confident positions, which also decides the law of its tokens."""
+    exploration_order: str = "halton"
+    """The hybrid's order of spread-out positions."""
+    exploration: tuple[float, float] = (0.5, 0.5)
+    """Share of the hybrid's positions that explore, in the first and in the last round."""
+    alpha: float = 4.5
+    """MaskGIT's choice temperature; token temperature is alpha / (1 + alpha) (section 3)."""
+    annealing: bool = True
+    """Lower alpha linearly to 0 in the last round, as MaskGIT does."""
+    temperature: float = 1.0
+    """Softmax temperature of the denoiser itself, before anything else."""
+    tokens: str = "order"
+    """Tokens from ``plain`` p, from ``tempered`` p^(1 + 1/alpha), or as the ``order`` has it."""
+    substeps: int = 1
+    """Partial caching: parts into which a round's positions are split (section 4.1)."""
+    refresh: str = "chosen"
+    """Rows a partial pass recomputes: all ``chosen`` in the round, or the ``recent`` ones, those
+    just revealed and those about to be."""
+    refresh_interval: int = 1
+    """Rounds of the schedule that share one full pass."""
+    guidance: float = 0.0
+    """Weight w of classifier-free guidance, ``(1 + w) conditional - w unconditional``."""
+    guidance_schedule: str = "constant"
+    """How w changes over the rounds, one of ``GUIDANCE_SCHEDULES``."""
+    guidance_power: float = 3.0
+    """Exponent of the ``power-cosine`` guidance schedule."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Part of the trajectory that runs under guidance; 0 is the first round, 1 the last."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be sampled, naming the field, its range and the value found."""
+        self._check_numbers()
+        self._check_choice("schedule", SCHEDULES)
+        self._check_choice("guidance_schedule", GUIDANCE_SCHEDULES)
+        self._check_choice("refresh", _REFRESH)
+        self._check_choice("tokens", _TOKENS)
+        self._check_order()
+
+    def _check_numbers(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise SamplingError(f"{name} must be between {low:g} and {high:g}, got {value:g}")
+        for name in ("exploration", "guidance_interval"):
+            pair = getattr(self, name)
+            if not all(0 <= share <= 1 for share in pair):
+                raise SamplingError(f"{name} must be between 0 and 1, got {pair[0]}:{pair[1]}")
+        if self.guidance_interval[0] > self.guidance_interval[1]:
+            low, high = self.guidance_interval
+            raise SamplingError(f"guidance_interval must rise, got {low}:{high}")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise SamplingError(
+                f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+            )
+
+    def _check_order(self) -> None:
+        parents = [find_order(name) for name in self.parents]
+        if any(order.draws_first for order in parents) and (
+            self.passes_share_a_choice or self.order == HYBRID or self.entropy_bound
+        ):
+            raise SamplingError(
+                "order 'maskgit' draws tokens before it chooses positions, which rules out "
+                "partial caching, hybrids and entropy bounds; use 'maskgit-exact' (the same law) "
+                "or 'moment'"
+            )
+        if self.order == HYBRID and not parents[1].known:
+            raise SamplingError(
+                "exploration_order must be one of halton, halton-1d, random, "
+                f"got {self.exploration_order!r}"
+            )
+        if self.exact and self.tokens != "order":
+            raise SamplingError(
+                "order 'maskgit-exact' has a token law of its own; leave tokens out"
+            )
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Names of the orders in use: one, or the hybrid's exploitation and exploration."""
+        if self.order == HYBRID:
+            return self.exploitation_order, self.exploration_order
+        return (self.order,)
+
+    @property
+    def tempered(self) -> bool:
+        """Whether tokens are drawn from p^beta rather than from p."""
+        if self.tokens == "order":
+            return find_order(self.parents[0]).tempered
+        return self.tokens == "tempered"
+
+    @property
+    def exact(self) -> bool:
+        """Whether tokens follow MaskGIT's exact choose-then-sample law."""
+        return self.parents[0] == "maskgit-exact"
+
+    @property
+    def passes_share_a_choice(self) -> bool:
+        """Whether positions chosen by one pass are revealed by later ones."""
+        return self.substeps > 1 or self.refresh_interval > 1
+
+    def but(self, **changes: Any) -> "Sampling":
+        """Return a copy with some fields changed.
+
+        Raises:
+            SamplingError: a field that does not exist, or a value out of range.
+        """
+        known = [field.name for field in fields(self)]
+        for name in changes:
+            if name not in known:
+                raise SamplingError(f"no sampling option {name!r}; there are {', '.join(known)}")
+        return replace(self, **changes)
