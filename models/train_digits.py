@@ -60,9 +60,7 @@ def hide(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return images.masked_fill(hidden, CONFIG.codebook), hidden
 
 
-def loss_of(
-    model: MaskGIT, images: Tensor, labels: Tensor, generator: torch.Generator
-) -> Tensor:
+def loss_of(model: MaskGIT, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Return the mean cross-entropy over hidden tokens, in nats."""
     tokens, hidden = hide(images, generator)
     logits = model(tokens, labels)[..., : CONFIG.codebook]
@@ -99,9 +97,7 @@ def train(steps: int, work: Path) -> MaskGIT:
     initialise(model)
     average = MaskGIT(CONFIG)
     average.load_state_dict(model.state_dict())
-    optimiser = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
-    )
+    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
     generator = torch.Generator().manual_seed(0)
     checkpoint = work / "digits.pt"
     start = 0
@@ -129,8 +125,10 @@ def train(steps: int, work: Path) -> MaskGIT:
         if (step + 1) % 500 == 0:
             test = held_out_loss(average, test_images, test_labels)
             seconds = time.perf_counter() - began
-            print(f"step {step + 1}  train {loss.item():.4f}  held-out {test:.4f}  {seconds:.0f} s",
-                  flush=True)
+            print(
+                f"step {step + 1}  train {loss.item():.4f}  held-out {test:.4f}  {seconds:.0f} s",
+                flush=True,
+            )
             torch.save(
                 {
                     "model": model.state_dict(),
@@ -146,8 +144,10 @@ def train(steps: int, work: Path) -> MaskGIT:
 
 def main() -> None:
     """Train with the published settings and write the weights."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--work", type=Path, default=Path("digits-training"))
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "mdzoo/weights/digits.safetensors"

@@ -4,18 +4,12 @@ Shapes use the field's axes: rows (sequences of a pass), m (the canvas positions
 recomputes), length (all positions of the canvas), heads, head_size, width.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class Cache(NamedTuple):
-    """One layer's keys and values of every position, (rows, heads, length, head_size) each."""
-
-    key: Tensor
-    value: Tensor
+Cache = tuple[Tensor, Tensor]
+"""One layer's keys and values of every canvas position, (rows, heads, canvas, head_size) each."""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -67,9 +61,11 @@ class Attention(nn.Module):
 
     def step(self, x: Tensor, positions: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         """Attend from ``x`` (rows, m, width) to the canvas; return the refreshed cache too."""
-        query, key, value = self._project(x)
-        cache = Cache(refresh(cache.key, positions, key), refresh(cache.value, positions, value))
-        return self._attend(query, cache.key, cache.value), cache
+        query, new_key, new_value = self._project(x)
+        keys, values = cache
+        keys = refresh(keys, positions, new_key)
+        values = refresh(values, positions, new_value)
+        return self._attend(query, keys, values), (keys, values)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         packed = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (rows, m, 3, heads, head_size)

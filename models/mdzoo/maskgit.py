@@ -9,13 +9,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 import torch
-from mdruntime.manifest import ContextRow, DenoiserSpec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdruntime.manifest import ContextRow, DenoiserSpec
 from mdzoo.checkpoint import CheckpointError
 from mdzoo.layers import Block, Cache, LayerNorm
 
@@ -181,9 +181,10 @@ class MaskGIT(nn.Module):
         """
         x = self.stem(self.tokens(tokens) + F.embedding(positions, self.positions))
         refreshed = []
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x, cache = block.step(x, positions, cache)
-            refreshed.append(cache)
+        blocks = cast(list[Block], self.blocks)
+        for block, cache in zip(blocks, caches, strict=True):
+            x, fresh = block.step(x, positions, cache)
+            refreshed.append(fresh)
         codebook = self.config.codebook
         bias = F.embedding(positions, self.bias[:, :codebook])
         return self._logits(x, bias, codebook), refreshed

@@ -134,7 +134,8 @@ def draw_thinned(
     log_p = log_softmax(logits / temperature[:, None, None]).astype(np.float64)
     thinned = (alpha > 0)[:, None, None]
     inverse = 1 / np.where(thinned, alpha[:, None, None], np.inf)
-    hazard = np.exp(np.minimum(inverse * log_p + log_wait[..., None], _LARGEST_EXPONENT))
+    log_hazard = inverse * np.maximum(log_p, _LOWEST) + log_wait[..., None]
+    hazard = np.exp(np.minimum(log_hazard, _LARGEST_EXPONENT))
     exponent = (1 + inverse) * log_p - np.where(thinned, hazard, 0)
     weights = np.exp(exponent - exponent.max(axis=-1, keepdims=True))
     return invert_cdf(weights.astype(np.float32), uniforms)

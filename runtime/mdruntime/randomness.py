@@ -65,6 +65,6 @@ class Randomness:
         In float64, because the largest Gumbel that a coarse grid of uniforms can give is small
         (7.6 in float16), and cutting the tail off lowers the temperature without a word.
         """
-        bits = self.bits(Purpose.POSITION, turn, count) >> np.uint64(11)
-        uniforms = (bits.astype(np.float64) + 0.5) * 2.0**-53
+        bits = self.bits(Purpose.POSITION, turn, count) >> np.uint64(12)
+        uniforms = (bits.astype(np.float64) + 0.5) * 2.0**-52  # exact, hence below 1
         return -np.log(-np.log(uniforms))

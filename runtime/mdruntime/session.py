@@ -59,7 +59,9 @@ class FunctionSession:
         """Do nothing: a function holds no memory of a device."""
 
 
-def open_session(bundle: Bundle, graph: str, provider: str, *, threads: int = 0) -> Session:
+def open_session(
+    bundle: Bundle, graph: str, provider: str, *, threads: int = 0, spelling: str = ""
+) -> Session:
     """Open a graph of a bundle on the execution provider asked for, and on no other.
 
     Args:
@@ -67,6 +69,7 @@ def open_session(bundle: Bundle, graph: str, provider: str, *, threads: int = 0)
         graph: name of the graph.
         provider: one of ``PROVIDERS``.
         threads: CPU threads; 0 takes as many as the process may use.
+        spelling: open the graph as it is spelled for another backend.
 
     Raises:
         ProviderError: the provider or its package is not available here.
@@ -75,5 +78,5 @@ def open_session(bundle: Bundle, graph: str, provider: str, *, threads: int = 0)
         raise ProviderError(f"provider must be one of {', '.join(PROVIDERS)}, got {provider!r}")
     from mdruntime.ort import OrtSession
 
-    spec = bundle.manifest.graphs[graph]
-    return OrtSession(bundle.path(graph), spec, provider, threads=threads)
+    path = bundle.path(graph, spelling)
+    return OrtSession(path, bundle.manifest.graphs[graph], provider, threads=threads)

@@ -1,0 +1,5 @@
+"""``python -m mdexport`` is the command ``mdexport``."""
+
+from mdexport.cli import main
+
+main()

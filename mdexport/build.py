@@ -1,0 +1,341 @@
+"""From a model to a verified bundle.
+
+Everything is written to ``<folder>.partial``, verified there, and renamed: a folder with the final
+name is complete and verified, whatever happens in between.
+"""
+
+import errno
+import os
+import platform
+import shutil
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+import mdruntime
+from mdexport import spelling
+from mdexport.denoiser import Denoiser
+from mdexport.precision import LIMITS, cast, dtype_of, float32_operators
+from mdexport.reference import record
+from mdexport.report import write_report
+from mdexport.trace import OPSET, cache_names, tensor_specs, trace_decoder, trace_denoiser
+from mdruntime.bundle import MANIFEST, file_spec, open_bundle
+from mdruntime.errors import BundleError, VerificationError
+from mdruntime.manifest import (
+    FORMAT,
+    GraphSpec,
+    ImageSpec,
+    Manifest,
+    VerificationRecord,
+    WeightsSpec,
+    dump,
+)
+from mdruntime.sampling import Sampling
+from mdruntime.verify import DECODER_VECTORS, DENOISER_VECTORS, Verification, verify, write_passes
+
+__all__ = ["Model", "Options", "Progress", "build"]
+
+_SMALLEST_BUCKET = 8
+
+
+class Model(Protocol):
+    """What is exported."""
+
+    @property
+    def name(self) -> str:
+        """As the catalogue has it."""
+
+    @property
+    def family(self) -> str:
+        """Models of one architecture."""
+
+    @property
+    def task(self) -> str:
+        """From what to what."""
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """A module in float32."""
+
+    @property
+    def decoder(self) -> nn.Module:
+        """From int32 tokens (batch, length) to uint8 images (batch, height, width, 3)."""
+
+    @property
+    def image(self) -> ImageSpec:
+        """Size of the decoder's images."""
+
+    @property
+    def weights(self) -> WeightsSpec:
+        """Where the weights come from."""
+
+    @property
+    def presets(self) -> Mapping[str, Sampling]:
+        """Sets of sampler options; one is named ``default``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a model is exported."""
+
+    precision: str = "fp32"
+    logits: bool = False
+    """Let the TensorRT spelling return logits too; ONNX Runtime computes them only when asked."""
+    force: bool = False
+    """Replace an existing folder, once its successor is verified."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A step that begins, or one that is done."""
+
+    step: int
+    steps: int
+    name: str
+    detail: str = ""
+    seconds: float | None = None  # None while it has only begun
+
+
+class _Work:
+    """A build in progress: what one step leaves for the next."""
+
+    def __init__(self, model: Model, folder: Path, options: Options) -> None:
+        self.model = model
+        self.folder = folder
+        self.options = options
+        self.graphs: dict[str, GraphSpec] = {}
+        self.tokens = np.zeros((0, 0), np.int32)
+        self.result = Verification({}, {}, 0)
+
+    def reference(self) -> str:
+        """Record the PyTorch model's answers along whole trajectories."""
+        (self.folder / "verify").mkdir()
+        passes, self.tokens = record(self.model.denoiser, self.model.denoiser.spec)
+        write_passes(self.folder / DENOISER_VECTORS, passes)
+        with torch.no_grad():
+            images = self.model.decoder(torch.from_numpy(self.tokens)).numpy()
+        np.savez_compressed(self.folder / DECODER_VECTORS, tokens=self.tokens, images=images)
+        return f"{len(passes)} passes of the PyTorch model, 2 samples"
+
+    def denoiser(self) -> str:
+        """Trace the denoiser and write both of its spellings around one weight file."""
+        spec, precision = self.model.denoiser.spec, self.options.precision
+        half: Denoiser = cast(self.model.denoiser, precision)
+        graph = trace_denoiser(half, spec, dtype_of(precision))
+        spelling.keep_softmax_in_float32(graph)
+        islands = float32_operators(graph) if precision != "fp32" else ()
+        self._describe(graph)
+        path = self.folder / "denoiser.onnx"
+        _save(graph, path, "denoiser.weights")
+        self.graphs["denoiser"] = GraphSpec(
+            file=path.name,
+            opset=OPSET,
+            spellings={"tensorrt": "denoiser.tensorrt.onnx"},
+            inputs=tensor_specs(graph.graph.inputs),
+            outputs=tensor_specs(graph.graph.outputs),
+            caches=cache_names(spec.layers),
+            float32_operators=islands,
+        )
+        self._spell(path)
+        return f"opset {OPSET} and {spelling.TENSORRT_OPSET}, {_size(self.folder, 'denoiser')}"
+
+    def _spell(self, path: Path) -> None:
+        graph = ir.load(path)  # its weights are references into the weight file
+        spelling.spell_attention_out(graph)
+        if not self.options.logits:
+            spelling.drop_output(graph, "logits")
+        ir.save(graph, self.folder / self.graphs["denoiser"].spellings["tensorrt"])
+
+    def decoder(self) -> str:
+        """Trace the decoder."""
+        spec = self.model.denoiser.spec
+        graph = trace_decoder(cast(self.model.decoder, self.options.precision), spec.length)
+        spelling.keep_softmax_in_float32(graph)
+        self._describe(graph)
+        _save(graph, self.folder / "decoder.onnx", "decoder.weights")
+        islands = float32_operators(graph) if self.options.precision != "fp32" else ()
+        self.graphs["decoder"] = GraphSpec(
+            file="decoder.onnx",
+            opset=OPSET,
+            spellings={},
+            inputs=tensor_specs(graph.graph.inputs),
+            outputs=tensor_specs(graph.graph.outputs),
+            caches=(),
+            float32_operators=islands,
+        )
+        return f"opset {OPSET}, {_size(self.folder, 'decoder')}"
+
+    def _describe(self, graph: ir.Model) -> None:
+        graph.producer_name, graph.producer_version = "mdexport", mdruntime.__version__
+        graph.metadata_props["mdexport.model"] = self.model.name
+        graph.metadata_props["mdexport.precision"] = self.options.precision
+
+    def verified(self) -> str:
+        """Replay the reference in ONNX Runtime, in both spellings."""
+        self._write_manifest({})
+        bundle = open_bundle(self.folder, check=False)
+        self.result = verify(bundle)
+        spelled = verify(bundle, spelling="tensorrt")
+        failures = [
+            *(f"{failure}" for failure in self.result.failures),
+            *(f"TensorRT spelling: {failure}" for failure in spelled.failures),
+        ]
+        if failures:
+            raise VerificationError(
+                f"verification failed: {'; '.join(failures)}; nothing was written. "
+                "The reference is the PyTorch model in float32"
+            )
+        measured = self.result.measured
+        self._write_manifest(measured)
+        return (
+            f"tokens {measured['token_agreement']:.2%} equal, log-probabilities within "
+            f"{measured['log_prob']:.1e}, decoder {_decibels(measured['psnr_db'])}"
+        )
+
+    def _write_manifest(self, measured: dict[str, float]) -> None:
+        manifest = self._manifest(measured)
+        if measured:
+            write_report(self.folder, manifest)
+            report = file_spec(self.folder / "report.md")
+            manifest = replace(manifest, files={**manifest.files, "report.md": report})
+        (self.folder / MANIFEST).write_bytes(dump(manifest))
+
+    def _manifest(self, measured: dict[str, float]) -> Manifest:
+        model, spec = self.model, self.model.denoiser.spec
+        files = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+        return Manifest(
+            format=FORMAT,
+            name=model.name,
+            family=model.family,
+            task=model.task,
+            precision=self.options.precision,
+            weights=model.weights,
+            denoiser=spec,
+            image=model.image,
+            graphs=self.graphs,
+            buckets=_buckets(spec.canvas),
+            presets=dict(model.presets),
+            files={p.relative_to(self.folder).as_posix(): file_spec(p) for p in files},
+            verification=VerificationRecord(
+                reference="PyTorch float32, teacher forced",
+                limits=LIMITS[self.options.precision],
+                measured=measured,
+            ),
+            toolchain=_toolchain(),
+        )
+
+
+def build(model: Model, folder: Path, options: Options) -> Generator[Progress]:
+    """Export a model and verify the result, yielding before and after each step.
+
+    Args:
+        model: what to export.
+        folder: the bundle to write.
+        options: precision and the like.
+
+    Raises:
+        BundleError: the folder exists.
+        VerificationError: the graphs do not compute what the model computes.
+        OSError: the disk is full or read-only.
+    """
+    partial = _prepare(folder, options.force)
+    try:
+        _require_space(model, partial, options)
+        work = _Work(model, partial, options)
+        steps = (
+            ("reference", work.reference),
+            ("denoiser", work.denoiser),
+            ("decoder", work.decoder),
+            ("verify", work.verified),
+        )
+        for number, (name, step) in enumerate(steps, start=1):
+            yield Progress(number, len(steps), name)
+            began = time.perf_counter()
+            detail = step()
+            yield Progress(number, len(steps), name, detail, time.perf_counter() - began)
+        _publish(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _prepare(folder: Path, force: bool) -> Path:
+    """Create and return the folder to write into."""
+    if folder.exists() and not force:
+        raise BundleError(f"{str(folder)!r} exists; choose another --output, or pass --force")
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists() and not force:
+        raise BundleError(
+            f"{str(partial)!r} exists: another build is running, or was killed; "
+            "delete the folder, or pass --force"
+        )
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _require_space(model: Model, partial: Path, options: Options) -> None:
+    """Refuse early what cannot fit, before minutes are spent on it."""
+    size = {"fp32": 4, "fp16": 2}[options.precision]
+    decoder = sum(tensor.numel() for tensor in model.decoder.parameters())
+    weights = model.weights.parameters + decoder
+    needed = int(1.1 * weights * size) + (16 << 20)
+    free = shutil.disk_usage(partial).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"the bundle needs about {needed >> 20} MiB, {free >> 20} MiB are free"
+        )
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Give the finished folder its name; a predecessor disappears only then."""
+    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)
+
+
+def _save(graph: ir.Model, path: Path, weights: str) -> None:
+    """Write a graph and its weights; a graph that has no large ones gets no weight file."""
+    ir.save(graph, path, external_data=weights)
+    if (path.parent / weights).stat().st_size == 0:
+        (path.parent / weights).unlink()
+
+
+def _buckets(canvas: int) -> tuple[int, ...]:
+    """Return rows per pass for which a static engine is worth building: powers of two, and all."""
+    sizes = []
+    size = _SMALLEST_BUCKET
+    while size < canvas:
+        sizes.append(size)
+        size *= 2
+    return (*sizes, canvas)
+
+
+def _size(folder: Path, stem: str) -> str:
+    total = sum(path.stat().st_size for path in folder.glob(f"{stem}*"))
+    return f"{total / 1e6:.1f} MB"
+
+
+def _decibels(value: float) -> str:
+    return "exact" if value >= 200 else f"{value:.0f} dB"
+
+
+def _toolchain() -> dict[str, str]:
+    packages = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
+    return {
+        "mdexport": mdruntime.__version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }

@@ -1,0 +1,62 @@
+"""``report.md``: what was built and what was measured, for people."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mdruntime.manifest import Manifest
+
+__all__ = ["write_report"]
+
+_MEANING = {
+    "log_prob": "largest difference of a log-probability, nats",
+    "score": "largest difference of a moment, entropy, probability or margin",
+    "token_agreement": "share of drawn tokens that are equal",
+    "psnr_db": "decoder's peak signal-to-noise ratio, dB (200: all pixels are equal)",
+}
+
+
+def write_report(folder: Path, manifest: Manifest) -> None:
+    """Write ``report.md`` into a bundle's folder."""
+    (folder / "report.md").write_text(_text(manifest), encoding="utf-8")
+
+
+def _text(manifest: Manifest) -> str:
+    verification = manifest.verification
+    checks = [
+        (f"`{name}`", _MEANING[name], f"{value:.6g}", f"{verification.limits[name]:g}")
+        for name, value in verification.measured.items()
+    ]
+    files = [
+        (name, f"{spec.bytes / 1e6:.2f}", spec.sha256[:16]) for name, spec in manifest.files.items()
+    ]
+    spec = manifest.denoiser
+    facts = [
+        ("model", f"{manifest.name} ({manifest.family}), {manifest.precision}"),
+        ("weights", manifest.weights.summary),
+        ("parameters", f"{manifest.weights.parameters / 1e6:.2f} M in the denoiser"),
+        ("canvas", f"{' x '.join(map(str, spec.grid))} tokens of {spec.codebook} codes"),
+        ("caches", f"{spec.layers} layers, {spec.heads} heads of {spec.head_size}"),
+        ("toolchain", ", ".join(f"{name} {number}" for name, number in manifest.toolchain.items())),
+    ]
+    return "\n".join(
+        [
+            f"# {manifest.name}, {manifest.precision}",
+            "",
+            _table(("what", "found"), facts),
+            "## Verification",
+            "",
+            f"Reference: {verification.reference}. Every pass of the recorded trajectories was "
+            "replayed in ONNX Runtime on the CPU, in both spellings of the graph; "
+            "`mdruntime verify` repeats it on any device.",
+            "",
+            _table(("measure", "meaning", "measured", "limit"), checks),
+            "## Files",
+            "",
+            _table(("file", "MB", "SHA-256"), files),
+        ]
+    )
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

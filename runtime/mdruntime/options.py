@@ -1,0 +1,73 @@
+"""Command-line flags of the sampler: one for each field of ``Sampling``, spelled alike."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from mdruntime.guidance import GUIDANCE_SCHEDULES
+from mdruntime.order import HYBRID, ORDERS
+from mdruntime.schedule import SCHEDULES
+
+__all__ = ["add_sampling_flags", "labels", "sampling_changes"]
+
+
+def _share(text: str) -> tuple[float, float]:
+    """Read ``0.5`` or ``1:0``."""
+    first, _, last = text.partition(":")
+    return float(first), float(last or first)
+
+
+_Parser = Callable[[str], Any]
+_FLAGS: tuple[tuple[str, _Parser, str, str], ...] = (
+    ("rounds", int, "N", "rounds of the unmasking schedule, each with one full pass"),
+    ("schedule", str, "NAME", f"unmasking schedule: {', '.join(SCHEDULES)}"),
+    ("entropy_bound", float, "NATS", "reveal as many positions a round as this bound allows (EB)"),
+    ("order", str, "NAME", f"positions first: {', '.join([*ORDERS, HYBRID])}"),
+    ("exploitation_order", str, "NAME", "the hybrid's order of confident positions"),
+    ("exploration_order", str, "NAME", "the hybrid's order of spread-out positions"),
+    ("exploration", _share, "A[:B]", "the hybrid's exploring share, from first to last round"),
+    ("alpha", float, "A", "choice temperature; tokens get temperature A / (1 + A)"),
+    ("temperature", float, "T", "softmax temperature of the denoiser"),
+    ("tokens", str, "LAW", "draw tokens plain, tempered, or as the order has it: order"),
+    ("substeps", int, "N", "partial caching: parts into which a round's positions are split"),
+    ("refresh", str, "ROWS", "rows a partial pass recomputes: chosen, recent"),
+    ("refresh_interval", int, "N", "rounds that share one full pass"),
+    ("guidance", float, "W", "classifier-free guidance, (1 + W) conditional - W unconditional"),
+    ("guidance_schedule", str, "NAME", f"how W changes: {', '.join(GUIDANCE_SCHEDULES)}"),
+    ("guidance_power", float, "P", "exponent of the power-cosine guidance schedule"),
+    ("guidance_interval", _share, "A:B", "part of the trajectory (0 to 1) under guidance"),
+)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of ``Sampling``; what is not given stays as the preset has it."""
+    group = parser.add_argument_group("sampling (defaults come from the bundle's preset)")
+    group.add_argument("--preset", default="default", metavar="NAME", help="a set of options")
+    for name, read, metavar, text in _FLAGS:
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=read, metavar=metavar, help=text.replace("%", "%%"))
+    group.add_argument(
+        "--annealing",
+        action=argparse.BooleanOptionalAction,
+        help="lower alpha to 0 over the rounds",
+    )
+
+
+def sampling_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of ``Sampling`` that were given."""
+    names = [*(name for name, *_ in _FLAGS), "annealing"]
+    given = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def labels(text: str) -> list[int]:
+    """Read ``207``, ``207,88`` or ``0-9``."""
+    found: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            found += range(int(first), int(last) + 1) if dash and first else [int(part)]
+    except ValueError:
+        message = f"must be numbers such as 207 or 0-9,12, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+    return found

@@ -1,0 +1,156 @@
+"""Verification: replay recorded passes and compare with the reference model's outputs.
+
+``verify/denoiser.npz`` holds the feeds of whole trajectories (full and partial passes, guided, at
+several mask ratios) and what the original PyTorch model answered. The feeds are replayed *teacher
+forced*: every pass gets the reference's tokens, whatever the graph drew before, because one token
+that flips would change all that follows. The K/V caches, however, are the graph's own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdruntime.bundle import Bundle
+from mdruntime.errors import BundleError
+from mdruntime.head import Draws, log_softmax
+from mdruntime.session import Session, open_session
+
+__all__ = ["DECODER_VECTORS", "DENOISER_VECTORS", "FEEDS", "Verification", "verify", "write_passes"]
+
+DENOISER_VECTORS = "verify/denoiser.npz"
+DECODER_VECTORS = "verify/decoder.npz"
+FEEDS = (
+    "tokens",
+    "positions",
+    "conditional",
+    "unconditional",
+    "guidance",
+    "temperature",
+    "beta",
+    "token_beta",
+    "uniforms",
+)
+_EXACT_DB = 200.0  # reported for images that are equal, whose PSNR is infinite
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was measured and what is allowed; true when all of it holds.
+
+    Keys: ``log_prob`` and ``score`` are largest absolute differences in nats and must not exceed
+    their limit; ``token_agreement`` (share of equal tokens) and ``psnr_db`` must reach it.
+    """
+
+    measured: dict[str, float]
+    limits: dict[str, float]
+    passes: int
+
+    def __bool__(self) -> bool:
+        """Return whether every measure is within its limit."""
+        return not self.failures
+
+    @property
+    def failures(self) -> list[str]:
+        """Sentences about the measures that are outside their limits."""
+        found = []
+        for name, limit in self.limits.items():
+            value = self.measured[name]
+            # Written so that NaN fails.
+            good = value >= limit if name in _AT_LEAST else value <= limit
+            if not good:
+                bound = "at least" if name in _AT_LEAST else "at most"
+                found.append(f"{name} {value:.6g} ({bound} {limit:g})")
+        return found
+
+
+_AT_LEAST = ("token_agreement", "psnr_db")
+
+
+def write_passes(path: Path, passes: Sequence[Arrays]) -> None:
+    """Write recorded passes: of each its ``FEEDS``, the head's outputs, and some logits.
+
+    ``columns`` (n,) says which of the m rows the ``logits`` (batch, n, codebook) belong to.
+    """
+    arrays = {
+        f"{i:03d}.{name}": array for i, one in enumerate(passes) for name, array in one.items()
+    }
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+
+
+def _read_passes(path: Path) -> list[dict[str, NDArray[Any]]]:
+    passes: dict[str, dict[str, NDArray[Any]]] = {}
+    try:
+        with np.load(path) as arrays:
+            for key in arrays.files:
+                number, name = key.split(".", 1)
+                passes.setdefault(number, {})[name] = arrays[key]
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path.name} cannot be read: {error}") from None
+    return [passes[number] for number in sorted(passes)]
+
+
+def verify(
+    bundle: Bundle, provider: str = "cpu", *, spelling: str = "", threads: int = 0
+) -> Verification:
+    """Replay the bundle's test vectors on this machine.
+
+    Args:
+        bundle: an opened bundle.
+        provider: the execution provider.
+        spelling: run the graph as it is spelled for another backend.
+        threads: CPU threads; 0 takes as many as the process may use.
+    """
+    passes = _read_passes(bundle.folder / DENOISER_VECTORS)
+    session = open_session(bundle, "denoiser", provider, threads=threads, spelling=spelling)
+    measured = _compare_passes(session, passes, logits=not spelling)
+    session.close()
+    limits = dict(bundle.manifest.verification.limits)
+    if "decoder" in bundle.manifest.graphs and not spelling:
+        decoder = open_session(bundle, "decoder", provider, threads=threads)
+        measured["psnr_db"] = _compare_images(decoder, bundle.folder / DECODER_VECTORS)
+        decoder.close()
+    return Verification(
+        measured, {name: limit for name, limit in limits.items() if name in measured}, len(passes)
+    )
+
+
+def _compare_passes(
+    session: Session, passes: list[dict[str, Any]], *, logits: bool
+) -> dict[str, float]:
+    log_prob = score = equal = total = 0.0
+    for expected in passes:
+        feeds = {name: expected[name] for name in FEEDS}
+        fetch = [*Draws._fields, *(["logits"] if logits else [])]
+        found = session.run(feeds, fetch)
+        same = found["sampled"] == expected["sampled"]
+        equal += float(same.sum())
+        total += same.size
+        score = _worst(score, *(found[n] - expected[n] for n in ("log_moment", "entropy")))
+        score = _worst(score, *(found[n] - expected[n] for n in ("top", "margin")))
+        score = _worst(score, (found["log_prob"] - expected["log_prob"])[same])
+        if logits:
+            shown = log_softmax(found["logits"][:, expected["columns"]])
+            log_prob = _worst(log_prob, shown - log_softmax(expected["logits"]))
+    result = {"score": score, "token_agreement": equal / total}
+    return {"log_prob": log_prob, **result} if logits else result
+
+
+def _worst(before: float, *differences: NDArray[np.floating]) -> float:
+    """Return the largest absolute value; NaN wins over every number."""
+    return float(np.max([before, *(np.abs(d).max(initial=0) for d in differences)]))
+
+
+def _compare_images(session: Session, path: Path) -> float:
+    with np.load(path) as arrays:
+        tokens, expected = arrays["tokens"], arrays["images"]
+    found = session.run({"tokens": tokens}, ["images"])["images"]
+    if found.shape != expected.shape:
+        raise BundleError(f"the decoder returned {found.shape}, expected {expected.shape}")
+    error = np.mean((found.astype(np.float64) - expected) ** 2)
+    return _EXACT_DB if error == 0 else float(10 * np.log10(255**2 / error))
