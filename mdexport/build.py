@@ -28,7 +28,7 @@ from mdexport.reference import record
 from mdexport.report import write_report
 from mdexport.trace import OPSET, cache_names, tensor_specs, trace_decoder, trace_denoiser
 from mdruntime.bundle import MANIFEST, file_spec, open_bundle
-from mdruntime.errors import BundleError, VerificationError
+from mdruntime.errors import VerificationError
 from mdruntime.manifest import (
     FORMAT,
     GraphSpec,
@@ -242,7 +242,7 @@ def build(model: Model, folder: Path, options: Options) -> Generator[Progress]:
         options: precision and the like.
 
     Raises:
-        BundleError: the folder exists.
+        FileExistsError: the folder exists.
         VerificationError: the graphs do not compute what the model computes.
         OSError: the disk is full or read-only.
     """
@@ -269,10 +269,10 @@ def build(model: Model, folder: Path, options: Options) -> Generator[Progress]:
 def _prepare(folder: Path, force: bool) -> Path:
     """Create and return the folder to write into."""
     if folder.exists() and not force:
-        raise BundleError(f"{str(folder)!r} exists; choose another --output, or pass --force")
+        raise FileExistsError(f"{str(folder)!r} exists; choose another --output, or pass --force")
     partial = folder.with_name(folder.name + ".partial")
     if partial.exists() and not force:
-        raise BundleError(
+        raise FileExistsError(
             f"{str(partial)!r} exists: another build is running, or was killed; "
             "delete the folder, or pass --force"
         )

@@ -90,8 +90,6 @@ def build_command(**options: Any) -> None:
     precision = "fp16" if options["half"] else options["precision"]
     folder: Path = options["output"] or Path(f"{entry.name}-{precision}")
     sources = _sources(entry, options)
-    if folder.exists() and not options["force"]:
-        raise click.UsageError(f"{str(folder)!r} exists; choose another --output, or pass --force")
     import_onnxruntime()  # verification needs it: say so now rather than minutes later
     say = _json_line if options["as_json"] else _step_line
     model = mdzoo.load(entry, sources)
@@ -259,6 +257,8 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, click.Abort):
         error = KeyboardInterrupt()
+    if isinstance(error, FileExistsError):
+        return USAGE, str(error)
     if isinstance(error, mdzoo.CheckpointError):
         return 1, " ".join(str(error).split())
     if isinstance(error, RuntimeError) and "not enough memory" in str(error):

@@ -16,7 +16,7 @@ PRECISIONS = ("fp32", "fp16")
 
 LIMITS = {
     "fp32": {"log_prob": 1e-4, "score": 1e-3, "token_agreement": 0.999, "psnr_db": 60.0},
-    "fp16": {"log_prob": 0.1, "score": 0.2, "token_agreement": 0.98, "psnr_db": 35.0},
+    "fp16": {"log_prob": 0.05, "score": 0.1, "token_agreement": 0.95, "psnr_db": 35.0},
 }
 """Largest differences in nats, and smallest agreement, against the float32 PyTorch model."""
 

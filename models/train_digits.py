@@ -116,7 +116,7 @@ def train(steps: int, work: Path) -> MaskGIT:
             group["lr"] = rate(step, steps)
         loss = loss_of(model, images[chosen], labels[chosen].masked_fill(dropped, -1), generator)
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         with torch.no_grad():

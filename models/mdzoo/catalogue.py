@@ -174,10 +174,11 @@ def load_denoiser(entry: Entry, sources: Sources) -> MaskGIT:
 def _random_denoiser(entry: Entry, sources: Sources) -> MaskGIT:
     if sources.settings:
         raise CheckpointError("--set describes a checkpoint; random weights have the model's sizes")
-    torch.manual_seed(sources.random_seed or 0)
-    model = MaskGIT(entry.config)
-    for table in (model.tokens.weight, model.positions):
-        nn.init.normal_(table, std=0.02)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sources.random_seed or 0)
+        model = MaskGIT(entry.config)
+        for table in (model.tokens.weight, model.positions):
+            nn.init.normal_(table, std=0.02)
     return model.eval()
 
 
@@ -228,8 +229,9 @@ def _infer(entry: Entry, state: Mapping[str, Tensor], settings: dict[str, int]) 
 
 def _load_vqgan(entry: Entry, sources: Sources, config: MaskGITConfig) -> VQGAN:
     if sources.random_seed is not None:
-        torch.manual_seed((sources.random_seed + 1) % 2**63)
-        return VQGAN(VQGANConfig(codebook=config.codebook))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(sources.random_seed)
+            return VQGAN(VQGANConfig(codebook=config.codebook))
     if sources.vqgan is None:
         raise CheckpointError(_missing(entry, "--vqgan"))
     state = checkpoint.read(sources.vqgan)

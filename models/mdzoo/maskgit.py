@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdruntime.manifest import ContextRow, DenoiserSpec
-from mdzoo.checkpoint import CheckpointError
+from mdzoo.checkpoint import CheckpointError, shape_of
 from mdzoo.layers import Block, Cache, LayerNorm
 
 STEM_EPSILON = 1e-12  # the blocks use PyTorch's default of 1e-5
@@ -65,7 +65,7 @@ class MaskGITConfig:
             heads: number of attention heads, which no shape tells.
             classes: number of classes; what is left of the vocabulary is the codebook.
         """
-        canvas, width = _shape(state, "pos_emb", 3)[1:]
+        canvas, width = shape_of(state, "pos_emb", 3)[1:]
         grid = math.isqrt(canvas - 1)
         if grid**2 != canvas - 1:
             raise CheckpointError(
@@ -74,27 +74,13 @@ class MaskGITConfig:
         layers = [re.match(r"transformer\.layers\.(\d+)\.", key) for key in state]
         return cls(
             grid=grid,
-            codebook=_shape(state, "tok_emb.weight", 2)[0] - classes - 2,
+            codebook=shape_of(state, "tok_emb.weight", 2)[0] - classes - 2,
             classes=classes,
             width=width,
             depth=1 + max((int(found[1]) for found in layers if found), default=-1),
             heads=heads,
-            hidden=_shape(state, "transformer.layers.0.1.fn.net.0.weight", 2)[0],
+            hidden=shape_of(state, "transformer.layers.0.1.fn.net.0.weight", 2)[0],
         )
-
-
-def _shape(state: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
-    found = state.get(key)
-    if found is None:
-        raise CheckpointError(
-            f"a MaskGIT checkpoint must hold {key!r}, found {len(state)} other tensors "
-            f"({', '.join(list(state)[:4])}, ...); is this file of another architecture?"
-        )
-    if found.ndim != dimensions:
-        raise CheckpointError(
-            f"{key!r} must have {dimensions} dimensions, got shape {tuple(found.shape)}"
-        )
-    return tuple(found.shape)
 
 
 def _mlp(width: int) -> list[nn.Module]:

@@ -8,15 +8,18 @@ of the published checkpoints, and nothing is ever renamed.
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdzoo.checkpoint import CheckpointError
+from mdzoo.checkpoint import CheckpointError, shape_of
+
+__all__ = ["VQGAN", "Decoder", "Encoder", "VQGANConfig"]
 
 GROUPS = 32  # of every group normalisation
 
@@ -38,12 +41,13 @@ class VQGANConfig:
     image: int = 3  # channels of an image
 
     def __post_init__(self) -> None:
-        """Check what group normalisation demands."""
-        for width in (self.channels, *self.widths):
-            if width < 1 or width % GROUPS:
-                raise CheckpointError(
-                    f"channels of every VQGAN level must be a multiple of {GROUPS}, got {width}"
-                )
+        """Check that there is something to build, and what group normalisation demands."""
+        widths = (self.channels, *self.widths)
+        if not self.multipliers or self.blocks < 1 or any(w < 1 or w % GROUPS for w in widths):
+            raise CheckpointError(
+                f"a VQGAN must have levels, blocks, and channels in multiples of {GROUPS}, got "
+                f"{self.channels} channels times {self.multipliers} and {self.blocks} blocks"
+            )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -62,38 +66,23 @@ class VQGANConfig:
         Args:
             state: tensors under their published names.
         """
-        channels, image = _shape(state, "encoder.conv_in.weight")[:2]
-        levels = _count(state, r"encoder\.down\.(\d+)\.")
-        widths = [_shape(state, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)]
-        codebook, embedding = _shape(state, "quantize.embedding.weight", dimensions=2)
+        channels, image = shape_of(state, "encoder.conv_in.weight", 4)[:2]
+        level = "encoder.down.{}.block.0.conv1.weight".format
+        levels = range(_count(state, r"encoder\.down\.(\d+)\."))
+        codebook, embedding = shape_of(state, "quantize.embedding.weight", 2)
         return cls(
             channels=channels,
-            multipliers=tuple(width // channels for width in widths),
+            multipliers=tuple(shape_of(state, level(i), 4)[0] // channels for i in levels),
             blocks=_count(state, r"encoder\.down\.0\.block\.(\d+)\."),
-            latent=_shape(state, "decoder.conv_in.weight")[1],
+            latent=shape_of(state, "quant_conv.weight", 4)[1],
             embedding=embedding,
             codebook=codebook,
             image=image,
         )
 
 
-def _shape(state: Mapping[str, Tensor], key: str, dimensions: int = 4) -> tuple[int, ...]:
-    found = state.get(key)
-    if found is None:
-        raise CheckpointError(
-            f"a VQGAN checkpoint must hold {key!r}, found {len(state)} other tensors "
-            f"({', '.join(list(state)[:4])}, ...); is this file of another architecture?"
-        )
-    if found.ndim != dimensions:
-        raise CheckpointError(
-            f"{key!r} must have {dimensions} dimensions, got shape {tuple(found.shape)}"
-        )
-    return tuple(found.shape)
-
-
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    numbers = [int(found[1]) for key in state if (found := re.match(pattern, key))]
-    return max(numbers, default=-1) + 1
+    return len({found[1] for key in state if (found := re.match(pattern, key))})
 
 
 class GroupNorm(nn.GroupNorm):
@@ -104,10 +93,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (batch, channels, height, width); the result has the dtype of ``x``."""
-        y = F.group_norm(
-            x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps
-        )
-        return y.to(x.dtype)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
 def _conv(channels_in: int, channels_out: int) -> nn.Conv2d:
@@ -123,18 +110,17 @@ class ResidualBlock(nn.Module):
         self.conv1 = _conv(channels_in, channels_out)
         self.norm2 = GroupNorm(channels_out)
         self.conv2 = _conv(channels_out, channels_out)
-        if channels_in != channels_out:
-            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, kernel_size=1)
+        same = channels_in == channels_out
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, channels_in, height, width) to (batch, channels_out, height, width)."""
         y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(y)))
 
 
 class Attention(nn.Module):
-    """Single-head attention among all pixels of a feature map."""
+    """Single-head attention among all pixels of a feature map, its softmax in float32."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -155,60 +141,48 @@ class Attention(nn.Module):
         return x + self.proj_out(mixed.unflatten(2, x.shape[2:]))
 
 
-class Middle(nn.Module):
-    """Attention between two residual blocks, at the lowest resolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block_1 = ResidualBlock(channels, channels)
-        self.attn_1 = Attention(channels)
-        self.block_2 = ResidualBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform (batch, channels, height, width)."""
-        return self.block_2(self.attn_1(self.block_1(x)))
+def _named(**modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(modules))
 
 
-class Downsample(nn.Module):
-    """A convolution of stride 2, padded on the right and at the bottom only."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Halve height and width."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+def _middle(width: int) -> nn.Sequential:
+    return _named(
+        block_1=ResidualBlock(width, width),
+        attn_1=Attention(width),
+        block_2=ResidualBlock(width, width),
+    )
 
 
-class Upsample(nn.Module):
-    """Pixels repeated twice each way, then a convolution."""
+def _halve(width: int) -> nn.Sequential:
+    # Padded on the right and at the bottom only.
+    return _named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = _conv(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Double height and width."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def _double(width: int) -> nn.Sequential:
+    return _named(nearest=nn.Upsample(scale_factor=2), conv=_conv(width, width))
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention at the lowest one."""
+    """Residual blocks of one resolution, and the step to the next one.
 
-    def __init__(self, channels_in: int, channels_out: int, blocks: int, lowest: bool) -> None:
+    What a level lacks is an identity, which leaves no trace in the state dict.
+    """
+
+    def __init__(
+        self, before: int, width: int, blocks: int, *, attend: bool, down: bool, up: bool
+    ) -> None:
         super().__init__()
-        widths = [channels_in] + [channels_out] * (blocks - 1)
-        self.block = nn.ModuleList(ResidualBlock(width, channels_out) for width in widths)
-        self.attn = nn.ModuleList(Attention(channels_out) for _ in widths if lowest)
+        widths = [before] + [width] * (blocks - 1)
+        self.block = nn.ModuleList(ResidualBlock(channels, width) for channels in widths)
+        self.attn = nn.ModuleList(Attention(width) if attend else nn.Identity() for _ in widths)
+        self.downsample = _halve(width) if down else nn.Identity()
+        self.upsample = _double(width) if up else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, channels_in, height, width) to (batch, channels_out, height, width)."""
-        for index, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[index](x)
-        return x
+        """Map (batch, before, height, width) to the channels and size of the next level."""
+        for block, attention in zip(self.block, self.attn, strict=True):
+            x = attention(block(x))
+        return self.upsample(self.downsample(x))
 
 
 class Encoder(nn.Module):
@@ -216,15 +190,13 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
-        widths = config.widths
+        widths, blocks, lowest = config.widths, config.blocks, len(config.widths) - 1
         self.conv_in = _conv(config.image, config.channels)
-        self.down = nn.ModuleList()
-        for i, (before, width) in enumerate(zip((config.channels, *widths), widths, strict=False)):
-            level = Level(before, width, config.blocks, lowest=i == len(widths) - 1)
-            if i < len(widths) - 1:
-                level.downsample = Downsample(width)
-            self.down.append(level)
-        self.mid = Middle(widths[-1])
+        self.down = nn.ModuleList(
+            Level(before, width, blocks, attend=i == lowest, down=i < lowest, up=False)
+            for i, (before, width) in enumerate(pairwise((config.channels, *widths)))
+        )
+        self.mid = _middle(widths[-1])
         self.norm_out = GroupNorm(widths[-1])
         self.conv_out = _conv(widths[-1], config.latent)
 
@@ -233,25 +205,21 @@ class Encoder(nn.Module):
         x = self.conv_in(images)
         for level in self.down:
             x = level(x)
-            if hasattr(level, "downsample"):
-                x = level.downsample(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
-    """Feature maps to images; its levels are numbered as the encoder's and run backwards."""
+    """Feature maps to images; levels bear the encoder's numbers, so the last one comes first."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
-        widths = config.widths
+        widths, blocks, lowest = config.widths, config.blocks + 1, len(config.widths) - 1
         self.conv_in = _conv(config.latent, widths[-1])
-        self.mid = Middle(widths[-1])
-        self.up = nn.ModuleList()
-        for i, (width, before) in enumerate(zip(widths, (*widths[1:], widths[-1]), strict=True)):
-            level = Level(before, width, config.blocks + 1, lowest=i == len(widths) - 1)
-            if i > 0:
-                level.upsample = Upsample(width)
-            self.up.append(level)
+        self.mid = _middle(widths[-1])
+        self.up = nn.ModuleList(
+            Level(before, width, blocks, attend=i == lowest, down=False, up=i > 0)
+            for i, (width, before) in enumerate(pairwise((*widths, widths[-1])))
+        )
         self.norm_out = GroupNorm(widths[0])
         self.conv_out = _conv(widths[0], config.image)
 
@@ -260,8 +228,6 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             x = level(x)
-            if hasattr(level, "upsample"):
-                x = level.upsample(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -277,12 +243,58 @@ class Codebook(nn.Module):
         return self.embedding(tokens).permute(0, 3, 1, 2)
 
     def nearest(self, latents: Tensor) -> Tensor:
-        """Return the entries nearest to (batch, embedding, height, width).
-
-        Returns:
-            int64 (batch, height * width), row by row; distances are computed in float32.
-        """
+        """Map (batch, embedding, height, width) to int64 (batch, height * width), row by row."""
         table = self.embedding.weight.float()
         points = latents.float().flatten(2).transpose(1, 2)
-        # |z - e|^2 without |z|^2, which is the same for all entries.
+        # |z - e|^2 less |z|^2, which is the same for all entries.
         return (table.square().sum(dim=1) - 2 * points @ table.T).argmin(dim=-1)
+
+
+class VQGAN(nn.Module):
+    """Images to tokens and back; pixels are in [-1, 1]."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Codebook(config.codebook, config.embedding)
+        self.quant_conv = nn.Conv2d(config.latent, config.embedding, 1)
+        self.post_quant_conv = nn.Conv2d(config.embedding, config.latent, 1)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Return what the codebook is searched for: (batch, embedding, height / f, width / f).
+
+        Args:
+            images: (batch, 3, height, width) in [-1, 1], multiples of ``config.factor`` pixels.
+        """
+        factor = self.config.factor
+        if images.shape[2] % factor or images.shape[3] % factor:
+            raise ValueError(
+                f"height and width of images must be multiples of {factor} pixels, "
+                f"got {images.shape[2]} x {images.shape[3]}; crop or resize them"
+            )
+        return self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Map images (batch, 3, height, width) in [-1, 1] to int64 tokens (batch, h * w)."""
+        return self.quantize.nearest(self.latents(images))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Return images (batch, 3, f * h, f * w), in [-1, 1] but for outliers, which stay.
+
+        Args:
+            tokens: int (batch, h, w), or (batch, h * w) of a square grid.
+        """
+        grid = tokens if tokens.ndim == 3 else _square(tokens)
+        return self.decoder(self.post_quant_conv(self.quantize(grid)))
+
+
+def _square(tokens: Tensor) -> Tensor:
+    side = math.isqrt(tokens.shape[1])
+    if side**2 != tokens.shape[1]:
+        raise ValueError(
+            f"tokens must form a square grid, got {tokens.shape[1]} of them; "
+            "pass other grids as (batch, height, width)"
+        )
+    return tokens.reshape(-1, side, side)
