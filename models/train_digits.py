@@ -30,6 +30,7 @@ BATCH = 128
 PEAK_RATE = 1.5e-3
 WEIGHT_DECAY = 0.1
 AVERAGING = 0.998  # decay of the exponential moving average that is shipped
+INTERVAL = 500  # steps between checkpoints
 
 
 def split() -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -89,57 +90,82 @@ def rate(step: int, steps: int) -> float:
     return PEAK_RATE * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train(steps: int, work: Path) -> MaskGIT:
-    """Train and return the averaged model; ``work`` holds the checkpoint that a rerun resumes."""
-    torch.manual_seed(0)
-    images, labels, test_images, test_labels = (torch.from_numpy(part) for part in split())
-    model = MaskGIT(CONFIG, dropout=DROPOUT)
-    initialise(model)
-    average = MaskGIT(CONFIG)
-    average.load_state_dict(model.state_dict())
-    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-    generator = torch.Generator().manual_seed(0)
-    checkpoint = work / "digits.pt"
-    start = 0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        average.load_state_dict(saved["average"])
-        optimiser.load_state_dict(saved["optimiser"])
-        generator.set_state(saved["generator"])
-        start = saved["step"]
-    began = time.perf_counter()
-    for step in range(start, steps):
-        chosen = torch.randint(len(images), (BATCH,), generator=generator)
-        dropped = torch.rand(BATCH, generator=generator) < LABEL_DROPOUT
-        for group in optimiser.param_groups:
-            group["lr"] = rate(step, steps)
-        loss = loss_of(model, images[chosen], labels[chosen].masked_fill(dropped, -1), generator)
-        optimiser.zero_grad()
+class Run:
+    """The state of a training run: everything a checkpoint has to hold."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = MaskGIT(CONFIG, dropout=DROPOUT)
+        initialise(self.model)
+        self.average = MaskGIT(CONFIG)
+        self.average.load_state_dict(self.model.state_dict())
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
+        )
+        self.generator = torch.Generator().manual_seed(0)
+        self.step = 0
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint."""
+        parts = {name: getattr(self, name).state_dict() for name in _PARTS}
+        randomness = {"generator": self.generator.get_state(), "dropout": torch.get_rng_state()}
+        torch.save({**parts, **randomness, "step": self.step}, path)
+
+    def resume(self, path: Path) -> None:
+        """Go on where a checkpoint was written."""
+        saved = torch.load(path, weights_only=True)
+        for name in _PARTS:
+            getattr(self, name).load_state_dict(saved[name])
+        self.generator.set_state(saved["generator"])
+        torch.set_rng_state(saved["dropout"])
+        self.step = saved["step"]
+
+    def advance(self, images: Tensor, labels: Tensor, steps: int) -> float:
+        """Take one optimiser step of ``steps``; return the training loss in nats."""
+        chosen = torch.randint(len(images), (BATCH,), generator=self.generator)
+        dropped = torch.rand(BATCH, generator=self.generator) < LABEL_DROPOUT
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate(self.step, steps)
+        some = labels[chosen].masked_fill(dropped, -1)
+        loss = loss_of(self.model, images[chosen], some, self.generator)
+        self.optimiser.zero_grad()
         torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
         with torch.no_grad():
-            for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+            for slow, fast in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 slow.lerp_(fast, 1 - AVERAGING)
-        if (step + 1) % 500 == 0:
-            test = held_out_loss(average, test_images, test_labels)
+        self.step += 1
+        return loss.item()
+
+
+_PARTS = ("model", "average", "optimiser")
+
+
+def train(steps: int, work: Path, stop: int | None = None) -> MaskGIT:
+    """Train and return the averaged model.
+
+    Args:
+        steps: of the whole schedule.
+        work: folder of the checkpoint that a rerun resumes.
+        stop: pause after so many steps.
+    """
+    images, labels, test_images, test_labels = (torch.from_numpy(part) for part in split())
+    run, checkpoint = Run(), work / "digits.pt"
+    if checkpoint.exists():
+        run.resume(checkpoint)
+    began = time.perf_counter()
+    while run.step < (steps if stop is None else stop):
+        loss = run.advance(images, labels, steps)
+        if run.step % INTERVAL == 0:
+            test = held_out_loss(run.average, test_images, test_labels)
             seconds = time.perf_counter() - began
             print(
-                f"step {step + 1}  train {loss.item():.4f}  held-out {test:.4f}  {seconds:.0f} s",
+                f"step {run.step}  train {loss:.4f}  held-out {test:.4f}  {seconds:.0f} s",
                 flush=True,
             )
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "average": average.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "generator": generator.get_state(),
-                    "step": step + 1,
-                },
-                checkpoint,
-            )
-    return average.eval()
+            run.save(checkpoint)
+    return run.average.eval()
 
 
 def main() -> None:

@@ -58,8 +58,7 @@ def read(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there is no such file, or it is damaged, refused, or holds no weights.
     """
-    _inspect(path)
-    tree = _load(path)
+    tree = _load(path, _inspect(path))
     if not isinstance(tree, Mapping):
         raise CheckpointError(
             f"{path} must hold tensors by name, found a {type(tree).__name__}; "
@@ -74,39 +73,43 @@ def read(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _inspect(path: Path) -> None:
-    """Raise unless there is a file that may be a checkpoint."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; correct the path or download the checkpoint")
-    if path.is_dir():
-        inside = _names(sorted(entry.name for entry in path.iterdir()))
-        raise CheckpointError(f"{path} must be a file, found a folder; name one in it: {inside}")
+def _inspect(path: Path) -> bytes:
+    """Return the first bytes of a file that may be a checkpoint."""
     start = _start(path)
     if not start:
         raise CheckpointError(f"{path} must be a checkpoint, found an empty file; download it")
     for beginning, found in FOREIGN.items():
         if start.lstrip().lower().startswith(beginning):
             raise CheckpointError(f"{path} must be a checkpoint, found {found}")
+    return start
 
 
 def _start(path: Path) -> bytes:
     try:
+        if path.is_dir():
+            inside = _names(sorted(entry.name for entry in path.iterdir()))
+            raise CheckpointError(f"{path} must be a file, found a folder with {inside}; name one")
         with path.open("rb") as stream:
             return stream.read(512)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} does not exist; correct the path or download the checkpoint"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, start: bytes) -> Any:
     try:
         # A header in JSON after its length of 8 bytes: so begins safetensors, whatever the suffix.
-        return load_file(path) if _start(path)[8:9] == b"{" else _torch_load(path)
+        return load_file(path) if start[8:9] == b"{" else _torch_load(path)
     except unpickle.Refused as error:
         raise CheckpointError(f"{path} is refused: {error}") from error
     except Exception as error:  # a damaged file may raise anything
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(
             f"{path} must be a file of torch.save or safetensors, found a damaged or foreign one "
-            f"({type(error).__name__}: {error}); download it again"
+            f"({reason}); download it again"
         ) from error
 
 
@@ -203,6 +206,8 @@ def _misfit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
 
 
 def _kind(tensor: Tensor) -> str:
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return f"{tensor.layout} on {tensor.device}"
     kind = "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
     return f"{kind} {tuple(tensor.shape)}"
 
@@ -223,7 +228,8 @@ def _finite(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
 
 def _names(names: Sequence[str], limit: int = 4) -> str:
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
+    shown = [name if name.isprintable() else repr(name) for name in names[:limit]]
+    return ", ".join(shown) + rest or "nothing"
 
 
 def sha256(path: Path) -> str:

@@ -3,8 +3,8 @@
 A pickle is a program: it names classes and functions, and whoever opens it imports and calls
 them. Here no name leads to an import. The few that rebuild tensors have substitutes of this
 module, other classes become ``Inert``, and names of Python itself that are no plain data, such as
-``os.system``, end the reading. As every object a pickle can reach is a substitute, a string, a
-number, a container or a tensor, there is nothing in reach that it could call or alter.
+``os.system``, end the reading. All that a pickle can reach is substitutes, strings, numbers,
+containers and its own tensors: there is nothing of the process that it could call or alter.
 
 Source of the formats: repository pytorch/pytorch, ``torch/serialization.py``.
 """
@@ -155,8 +155,8 @@ class Unpickler(pickle.Unpickler):
             return SUBSTITUTES[path]
         if _is_standard(module) and name not in HARMLESS.get(module, ()):
             raise Refused(
-                f"it asks for {path} to be called, which no weights need. If you trust its source, "
-                "have its model.state_dict() saved alone; if not, delete it"
+                f"it asks for {path!r} to be called, which no weights need. If you trust its "
+                "source, have its model.state_dict() saved alone; if not, delete it"
             )
         return type(name, (Inert,), {"__slots__": (), "__module__": module})
 
@@ -178,11 +178,12 @@ def _is_standard(module: str) -> bool:
     return root in sys.stdlib_module_names or root in ("nt", "posix")
 
 
-def _elements(stream: IO[bytes], count: int, dtype: torch.dtype) -> Tensor:
-    buffer = bytearray(stream.read(count * dtype.itemsize))
-    if len(buffer) != count * dtype.itemsize:
-        raise EOFError(f"{count} {dtype} expected, {len(buffer)} bytes found")
-    return torch.frombuffer(buffer, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+def _fill(flat: Tensor, stream: IO[bytes]) -> Tensor:
+    target = flat.view(torch.uint8).numpy()
+    found = stream.readinto(target)  # type: ignore[attr-defined] # all streams here are buffered
+    if found != target.size:
+        raise EOFError(f"{target.size} bytes of weights expected, {found} found")
+    return flat
 
 
 def _root(archive: zipfile.ZipFile) -> str:
@@ -207,7 +208,7 @@ def _from_archive(archive: zipfile.ZipFile) -> object:
     @functools.cache  # tensors may share a storage
     def storage(key: str, count: int, dtype: torch.dtype) -> Tensor:
         with archive.open(f"{root}data/{key}") as stream:
-            return _elements(stream, count, dtype)
+            return _fill(torch.empty(count, dtype=dtype), stream)
 
     return Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), storage).load()
 
@@ -228,7 +229,7 @@ def _from_stream(stream: IO[bytes]) -> object:
         flat = storages[key]
         if int.from_bytes(stream.read(8), "little") != flat.numel():
             raise pickle.UnpicklingError(f"storage {key!r} of another size than announced")
-        flat.copy_(_elements(stream, flat.numel(), flat.dtype))
+        _fill(flat, stream)
     return tree
 
 

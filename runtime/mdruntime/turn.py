@@ -87,11 +87,11 @@ def _controls(
     """Return the head's controls.
 
     Where all that is left is revealed, or alpha is 0, tokens come from plain p as in MaskGIT's
-    last round: 1 + 1/alpha is not formed there.
+    last round: 1 + 1/alpha is not formed there. Nor do moments matter where all is revealed.
     """
     positive = alpha > 0
     beta = np.where(positive, 1 + 1 / np.where(positive, alpha, 1), BETA_CAP)
-    beta = np.minimum(beta, BETA_CAP).astype(np.float32)
+    beta = np.where(last, 1, np.minimum(beta, BETA_CAP)).astype(np.float32)
     tempered = positive & ~last & sampling.tempered
     return Controls(
         guidance=guidance,

@@ -43,8 +43,9 @@ Arrays = Mapping[str, NDArray[Any]]
 class Verification:
     """What was measured and what is allowed; true when all of it holds.
 
-    Keys: ``log_prob`` and ``score`` are largest absolute differences in nats and must not exceed
-    their limit; ``token_agreement`` (share of equal tokens) and ``psnr_db`` must reach it.
+    Keys: ``log_prob`` and ``score`` (moments divided by beta, entropies, probabilities) are largest
+    absolute differences and must not exceed their limit; ``token_agreement`` (share of equal
+    tokens) and ``psnr_db`` must reach it.
     """
 
     measured: dict[str, float]
@@ -131,8 +132,10 @@ def _compare_passes(
         same = found["sampled"] == expected["sampled"]
         equal += float(same.sum())
         total += same.size
-        score = _worst(score, *(found[n] - expected[n] for n in ("log_moment", "entropy")))
-        score = _worst(score, *(found[n] - expected[n] for n in ("top", "margin")))
+        # An error of the logits enters the log-moment times beta.
+        beta = expected["beta"][:, None]
+        score = _worst(score, (found["log_moment"] - expected["log_moment"]) / beta)
+        score = _worst(score, *(found[n] - expected[n] for n in ("entropy", "top", "margin")))
         score = _worst(score, (found["log_prob"] - expected["log_prob"])[same])
         if logits:
             shown = log_softmax(found["logits"][:, expected["columns"]])

@@ -48,10 +48,26 @@ GOLDEN_LATENTS = {
 }
 
 
+def hollow(config: VQGANConfig) -> VQGAN:
+    """Return a model without the seconds that its random weights would take."""
+    with torch.device("meta"):
+        model = VQGAN(config)
+    return model.to_empty(device="cpu").eval().requires_grad_(False)
+
+
 def build(config: VQGANConfig) -> VQGAN:
-    model = VQGAN(config).eval()
+    model = hollow(config)
     golden_weights(model)
-    return model.requires_grad_(False)
+    return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads on small tensors wait for each other, for long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +123,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> VQGAN:
         torch.save({**objects, "state_dict": state}, path)
     weights = checkpoint.read(path)
     path.unlink()  # 0.3 GB
-    model = VQGAN(VQGANConfig.from_state(weights))
+    model = hollow(VQGANConfig.from_state(weights))
     checkpoint.fit(model, weights, source="last.ckpt")
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def assert_golden(found: Tensor, golden: dict[str, Any]) -> None:
@@ -182,6 +198,19 @@ def test_names_are_the_published_ones() -> None:
 def test_sizes_follow_from_shapes(config: VQGANConfig) -> None:
     with torch.device("meta"):
         assert VQGANConfig.from_state(VQGAN(config).state_dict()) == config
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_reads_files_with_and_without_a_wrapper(
+    small: VQGAN, tmp_path: Path, wrapped: bool
+) -> None:
+    state = {**small.state_dict(), "loss.logvar": torch.zeros(())}
+    torch.save({"state_dict": state} if wrapped else state, tmp_path / "last.ckpt")
+    weights = checkpoint.read(tmp_path / "last.ckpt")
+    model = hollow(VQGANConfig.from_state(weights))
+    checkpoint.fit(model, weights, source="last.ckpt")
+    tokens = toks(4, 12)[None]
+    torch.testing.assert_close(model.decode(tokens), small.decode(tokens))
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 3), (4, 1)])

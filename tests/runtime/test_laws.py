@@ -1,7 +1,7 @@
 """The laws of the samplers, on models so small that every outcome can be enumerated.
 
-Sample sizes: a chi-square test with 8,000 samples over 81 outcomes finds a total variation of
-0.07, over 32 outcomes one of 0.06, with probability > 0.999 at a false-alarm rate of 1e-6 (the
+Sample sizes: a chi-square test with 6,000 samples over 81 outcomes finds a total variation of
+0.08, over 32 outcomes one of 0.07, with probability > 0.999 at a false-alarm rate of 1e-6 (the
 first test holds this against the non-central law). Seeds are fixed: nothing here is flaky.
 """
 
@@ -23,7 +23,7 @@ from mdruntime.sampling import Sampling
 from mdruntime.schedule import hidden_counts
 from mdruntime.turn import planned_turn
 
-SAMPLES = 8000
+SAMPLES = 6000
 FALSE_ALARM = 1e-6
 
 Float64 = NDArray[np.float64]
@@ -203,7 +203,7 @@ def trajectory(length: int, sampling: Sampling) -> Float64:
     return dense(law, table.shape[-1])
 
 
-@pytest.mark.parametrize(("cells", "variation"), [(81, 0.07), (32, 0.06)])
+@pytest.mark.parametrize(("cells", "variation"), [(81, 0.08), (32, 0.07)])
 def test_the_sample_size_has_the_stated_power(cells: int, variation: float) -> None:
     # The chi-square divergence is at least four times the square of the total variation.
     threshold = stats.chi2.isf(FALSE_ALARM, cells - 1)

@@ -405,6 +405,19 @@ def test_logits_that_are_not_finite_raise(
         unmasked(failing, masked(16, 16), sampling)
 
 
+@pytest.mark.parametrize("field", ["log_moment", "entropy"])
+def test_what_orders_rank_by_must_be_finite(toy: Callable[[int], Denoise], field: str) -> None:
+    denoise = toy(1)
+
+    def failing(request: Pass) -> Result:
+        draws = denoise(request).draws
+        spoiled: dict[str, Any] = {field: np.full_like(draws.entropy, np.nan)}
+        return Result(draws._replace(**spoiled))
+
+    with pytest.raises(VerificationError, match="NaN or infinite logits in round 1"):
+        unmasked(failing, masked(16), Sampling())
+
+
 def test_the_exact_order_without_logits_is_refused(toy: Callable[[int], Denoise]) -> None:
     denoise = toy(1)
     with pytest.raises(SamplingError, match="needs logits"):
