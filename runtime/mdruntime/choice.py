@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdruntime.order import HYBRID, View, find_order, hybrid, ranking
-from mdruntime.plan import split
+from mdruntime.plan import Round, split
 from mdruntime.sampling import Sampling
 from mdruntime.turn import Turn
 
@@ -14,22 +14,23 @@ Positions = NDArray[np.int64]
 
 
 def choose(
-    sampling: Sampling, turn: Turn, view: View, hidden: NDArray[np.bool_]
+    sampling: Sampling, plans: list[Round], turn: Turn, view: View, hidden: NDArray[np.bool_]
 ) -> list[list[Positions]]:
     """Return, per active sample, the positions that each pass of the round reveals.
 
     Args:
         sampling: the options.
-        turn: the round.
+        plans: how many positions each pass reveals; ignored under an entropy bound.
+        turn: the round's numbers.
         view: what the full pass returned.
         hidden: bool (active, length).
     """
     rankings = [ranking(find_order(name).score(view), hidden) for name in sampling.parents]
     chosen = []
-    for sample, parts in enumerate(turn.parts):
+    for sample, parts in enumerate(plans):
         ranked = [candidates[sample] for candidates in rankings]
         # Under an entropy bound the count is not known yet: rank all that is left.
-        count = sum(parts) or len(ranked[0])
+        count = len(ranked[0]) if sampling.entropy_bound else sum(parts)
         positions = ranked[0]
         if sampling.order == HYBRID:
             explored = int(turn.exploration[sample] * count + 0.5)

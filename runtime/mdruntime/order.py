@@ -72,7 +72,9 @@ def entropy(view: View) -> Scores:
 
 def halton(view: View) -> Scores:
     """Halton order of the grid, rolled by a random offset per sample (Besnier et al. 2025)."""
-    height, width = view.grid if len(view.grid) == 2 else (1, view.grid[0])
+    if len(view.grid) == 1:
+        return halton_1d(view)
+    height, width = view.grid
     return _rolled(halton_grid(height, width), view.randomness)
 
 
@@ -118,7 +120,7 @@ def find_order(name: str) -> Order:
         SamplingError: there is none of this name.
     """
     if name not in ORDERS:
-        raise SamplingError(f"order must be one of {', '.join([*ORDERS, HYBRID])}, got {name!r}")
+        raise SamplingError(f"order must be one of {', '.join(ORDERS)}, got {name!r}")
     return ORDERS[name]
 
 

@@ -14,10 +14,10 @@ from mdruntime.choice import Positions, choose
 from mdruntime.errors import SamplingError, VerificationError
 from mdruntime.head import Controls, Draws, Logits, draw_thinned
 from mdruntime.order import View
-from mdruntime.plan import Plan, make_plan
+from mdruntime.plan import Plan, Round, make_plan
 from mdruntime.randomness import Purpose, Randomness
 from mdruntime.sampling import Sampling
-from mdruntime.turn import Turn, planned_turn, timed_turn
+from mdruntime.turn import Clock, Turn
 
 __all__ = ["Canvas", "Denoise", "Pass", "Result", "Step", "Tokens", "unmask"]
 
@@ -95,21 +95,28 @@ def unmask(
             f"rounds must be at most {canvas.length} (the tokens of the canvas), "
             f"got {sampling.rounds}"
         )
-    tokens = tokens.copy()
+    if tokens.shape != (len(randomness), canvas.length):
+        raise SamplingError(
+            f"tokens must have shape {(len(randomness), canvas.length)}, got {tokens.shape}"
+        )
+    return _rounds(denoise, tokens.copy(), canvas, sampling, randomness)
+
+
+def _rounds(
+    denoise: Denoise, tokens: Tokens, canvas: Canvas, sampling: Sampling, randomness: Randomness
+) -> Iterator[Step]:
     hidden = tokens == canvas.mask_token
     start = hidden.sum(axis=1)
+    clock = Clock(sampling, start)
     plans = [_plan(sampling, count) for count in start.tolist()]
     index = passes = 0
     while hidden.any():
         active = np.flatnonzero(hidden.any(axis=1))
-        if sampling.entropy_bound:
-            turn = timed_turn(sampling, hidden[active].sum(axis=1), start[active])
-        else:
-            turn = planned_turn(sampling, [plans[sample] for sample in active], index)
-        state = _Round(
-            denoise, canvas, sampling, randomness.take(active.tolist()), active, index, turn
-        )
-        for part, revealed in enumerate(_play(state, tokens)):
+        # Under an entropy bound there may be more rounds than planned; the plan is not used then.
+        counts = [(plans[sample][index:] or [[]])[0] for sample in active]
+        source = randomness.take(active.tolist())
+        state = _Round(denoise, canvas, sampling, clock, source, active, index)
+        for part, revealed in enumerate(_play(state, counts, tokens)):
             passes += 1
             hidden = tokens == canvas.mask_token
             yield Step(tokens.copy(), revealed, index, part, passes, int(hidden.sum()))
@@ -133,12 +140,19 @@ class _Round:
     denoise: Denoise
     canvas: Canvas
     sampling: Sampling
+    clock: Clock
     randomness: Randomness  # of the active samples
     active: Positions  # (active,), indices into the batch
     index: int
-    turn: Turn
 
-    def run(self, tokens: Tokens, part: int, positions: Positions | None = None) -> Result:
+    def turn(self, tokens: Tokens) -> Turn:
+        """Return the numbers of the next pass."""
+        hidden = tokens[self.active] == self.canvas.mask_token
+        return self.clock.turn(self.active, hidden.sum(axis=1))
+
+    def run(
+        self, tokens: Tokens, part: int, controls: Controls, positions: Positions | None = None
+    ) -> Result:
         """Run one pass over ``positions`` (active, m), or over the whole canvas."""
         uniforms = self.uniforms(Purpose.TOKEN, part)
         rows = tokens[self.active]
@@ -146,7 +160,7 @@ class _Round:
             uniforms = np.take_along_axis(uniforms, positions, axis=1)
             rows = np.take_along_axis(rows, positions, axis=1)
         result = self.denoise(
-            Pass(self.active, positions, rows, self.turn.controls, uniforms, self.sampling.exact)
+            Pass(self.active, positions, rows, controls, uniforms, self.sampling.exact)
         )
         hidden = rows == self.canvas.mask_token
         draws = result.draws
@@ -163,31 +177,32 @@ class _Round:
         return self.randomness.uniforms(purpose, turn, self.canvas.length)
 
 
-def _play(state: _Round, tokens: Tokens) -> Iterator[NDArray[np.bool_]]:
+def _play(state: _Round, counts: list[Round], tokens: Tokens) -> Iterator[NDArray[np.bool_]]:
     """Run the passes of a round, writing into ``tokens``; yield what each revealed."""
-    result = state.run(tokens, 0)
+    turn = state.turn(tokens)
+    result = state.run(tokens, 0, turn.controls)
     view = View(
         draws=result.draws,
         gumbels=state.randomness.gumbels(state.index, state.canvas.length),
-        alpha=state.turn.alpha,
+        alpha=turn.alpha,
         grid=state.canvas.grid,
         randomness=state.randomness,
     )
     hidden = tokens[state.active] == state.canvas.mask_token
-    chosen = choose(state.sampling, state.turn, view, hidden)
+    chosen = choose(state.sampling, counts, turn, view, hidden)
     positions = np.tile(np.arange(state.canvas.length), (len(state.active), 1))
     for part in range(max(map(len, chosen))):
         if part:
             positions = _refreshed(state.sampling.refresh, chosen, part)
-            result = state.run(tokens, part, positions)
+            # The rows of guidance are laid out by the full pass: its weight holds for all of these.
+            controls = state.turn(tokens).controls._replace(guidance=turn.controls.guidance)
+            result = state.run(tokens, part, controls, positions)
         drawn = result.draws.sampled
         if state.sampling.exact:
             drawn = _redraw(state, view, result, positions, part)
+        revealed = [parts[part : part + 1] for parts in chosen]
         yield _reveal(
-            tokens,
-            state.active,
-            [parts[part : part + 1] for parts in chosen],
-            _spread(drawn, positions, state.canvas.length),
+            tokens, state.active, revealed, _spread(drawn, positions, state.canvas.length)
         )
 
 
@@ -215,7 +230,7 @@ def _redraw(
     log_wait = -view.draws.log_prob / alpha - view.gumbels
     return draw_thinned(
         result.logits,
-        state.turn.controls.temperature,
+        np.full(len(state.active), state.sampling.temperature, np.float32),
         view.alpha,
         np.take_along_axis(log_wait, positions, axis=1),
         np.take_along_axis(state.uniforms(Purpose.REDRAW, part), positions, axis=1),

@@ -5,22 +5,29 @@ from typing import Any
 
 from mdruntime.errors import SamplingError
 from mdruntime.guidance import GUIDANCE_SCHEDULES
-from mdruntime.order import HYBRID, find_order
+from mdruntime.order import HYBRID, ORDERS, find_order
 from mdruntime.schedule import SCHEDULES
 
 __all__ = ["Sampling"]
 
-_REFRESH = ("chosen", "recent")
-_TOKENS = ("order", "plain", "tempered")
-_RANGES = (  # field, smallest and largest value
-    ("rounds", 1, 4096),
-    ("substeps", 1, 4096),
-    ("refresh_interval", 1, 4096),
-    ("alpha", 0, 1000),
-    ("entropy_bound", 0, 1e6),
-    ("temperature", 0.01, 100),
-    ("guidance", 0, 100),
-    ("guidance_power", 0, 100),
+_RANGES = (  # field, kind, smallest and largest value
+    ("rounds", int, 1, 4096),
+    ("substeps", int, 1, 4096),
+    ("refresh_interval", int, 1, 4096),
+    ("alpha", float, 0, 1000),
+    ("entropy_bound", float, 0, 1e6),
+    ("temperature", float, 0.01, 100),
+    ("guidance", float, 0, 100),
+    ("guidance_power", float, 0, 100),
+)
+_CHOICES = (  # field, values
+    ("schedule", SCHEDULES),
+    ("order", (*ORDERS, HYBRID)),
+    ("exploitation_order", tuple(ORDERS)),
+    ("exploration_order", tuple(name for name, order in ORDERS.items() if order.known)),
+    ("guidance_schedule", GUIDANCE_SCHEDULES),
+    ("refresh", ("chosen", "recent")),
+    ("tokens", ("order", "plain", "tempered")),
 )
 
 
@@ -69,46 +76,44 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be sampled, naming the field, its range and the value found."""
-        self._check_numbers()
-        self._check_choice("schedule", SCHEDULES)
-        self._check_choice("guidance_schedule", GUIDANCE_SCHEDULES)
-        self._check_choice("refresh", _REFRESH)
-        self._check_choice("tokens", _TOKENS)
+        for name, kind, low, high in _RANGES:
+            self._check_number(name, kind, low, high)
+        for name in ("exploration", "guidance_interval"):
+            self._check_pair(name)
+        for name, choices in _CHOICES:
+            if getattr(self, name) not in choices:
+                raise SamplingError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
         self._check_order()
 
-    def _check_numbers(self) -> None:
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise SamplingError(f"{name} must be between {low:g} and {high:g}, got {value:g}")
-        for name in ("exploration", "guidance_interval"):
-            pair = getattr(self, name)
-            if not all(0 <= share <= 1 for share in pair):
-                raise SamplingError(f"{name} must be between 0 and 1, got {pair[0]}:{pair[1]}")
-        if self.guidance_interval[0] > self.guidance_interval[1]:
-            low, high = self.guidance_interval
-            raise SamplingError(f"guidance_interval must rise, got {low}:{high}")
+    def _check_number(self, name: str, kind: type, low: float, high: float) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, (int, kind)) or isinstance(value, bool):
+            what = "a whole number" if kind is int else "a number"
+            raise SamplingError(f"{name} must be {what}, got {value!r}")
+        if not low <= value <= high:
+            raise SamplingError(f"{name} must be between {low:g} and {high:g}, got {value:g}")
 
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise SamplingError(
-                f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-            )
+    def _check_pair(self, name: str) -> None:
+        pair = getattr(self, name)
+        if len(pair) != 2:
+            raise SamplingError(f"{name} must be two numbers, first and last, got {pair!r}")
+        if not all(0 <= share <= 1 for share in pair):
+            raise SamplingError(f"{name} must be between 0 and 1, got {pair[0]}:{pair[1]}")
+        if name == "guidance_interval" and pair[0] > pair[1]:
+            raise SamplingError(f"guidance_interval must rise, got {pair[0]}:{pair[1]}")
 
     def _check_order(self) -> None:
         parents = [find_order(name) for name in self.parents]
+        shared = self.substeps > 1 or self.refresh_interval > 1
         if any(order.draws_first for order in parents) and (
-            self.passes_share_a_choice or self.order == HYBRID or self.entropy_bound
+            shared or self.order == HYBRID or self.entropy_bound
         ):
             raise SamplingError(
                 "order 'maskgit' draws tokens before it chooses positions, which rules out "
                 "partial caching, hybrids and entropy bounds; use 'maskgit-exact' (the same law) "
                 "or 'moment'"
-            )
-        if self.order == HYBRID and not parents[1].known:
-            raise SamplingError(
-                "exploration_order must be one of halton, halton-1d, random, "
-                f"got {self.exploration_order!r}"
             )
         if self.exact and self.tokens != "order":
             raise SamplingError(
@@ -133,11 +138,6 @@ class Sampling:
     def exact(self) -> bool:
         """Whether tokens follow MaskGIT's exact choose-then-sample law."""
         return self.parents[0] == "maskgit-exact"
-
-    @property
-    def passes_share_a_choice(self) -> bool:
-        """Whether positions chosen by one pass are revealed by later ones."""
-        return self.substeps > 1 or self.refresh_interval > 1
 
     def but(self, **changes: Any) -> "Sampling":
         """Return a copy with some fields changed.

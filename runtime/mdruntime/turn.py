@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 from mdruntime.guidance import guidance_weights
 from mdruntime.head import Controls
-from mdruntime.plan import Plan, Round
 from mdruntime.sampling import Sampling
+from mdruntime.schedule import hidden_counts
 
-__all__ = ["BETA_CAP", "Turn", "planned_turn", "timed_turn"]
+__all__ = ["BETA_CAP", "Clock", "Turn"]
 
 BETA_CAP = 100.0
 """Largest exponent of p. 1 + 1/alpha grows without limit as alpha falls to 0; at 100 a token of
@@ -21,44 +21,52 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One round of the active samples; arrays are (active,)."""
+    """One pass of the active samples; arrays are (active,)."""
 
-    parts: list[Round]  # positions that each pass reveals; empty lists under an entropy bound
     alpha: NDArray[np.float64]  # choice temperature
     exploration: NDArray[np.float64]  # share of exploring positions of the hybrid order
     controls: Controls
 
 
-def planned_turn(sampling: Sampling, plans: list[Plan], index: int) -> Turn:
-    """Return round ``index`` of samples that follow plans."""
-    turns = np.array([len(plan) for plan in plans])
-    turn = np.full(len(plans), index)
-    return _turn(sampling, [plan[index] for plan in plans], turn, turns, turn == turns - 1)
+class Clock:
+    """Tells the round of the schedule that each sample is in, from the tokens it still hides.
 
-
-def timed_turn(sampling: Sampling, left: Counts, start: Counts) -> Turn:
-    """Return the round of samples whose entropies decide how many positions they reveal.
-
-    The number of rounds is not known then: the share of tokens revealed tells the time, on a
-    clock of ``sampling.rounds``.
-
-    Args:
-        sampling: the options.
-        left: tokens still hidden, (active,).
-        start: tokens hidden at the start, (active,).
+    Passes that share a full pass (substeps, refresh interval) so keep the numbers of the rounds
+    they belong to. Under an entropy bound the number of rounds is not known: there the share of
+    revealed tokens tells the time, on a clock of ``sampling.rounds``.
     """
-    turns = np.full(len(left), sampling.rounds)
-    turn = np.minimum(((1 - left / start) * turns).astype(np.int64), turns - 1)
-    return _turn(sampling, [[] for _ in left], turn, turns, np.zeros(len(left), bool))
+
+    def __init__(self, sampling: Sampling, start: Counts) -> None:
+        """Take the tokens hidden at the start, (batch,)."""
+        self._sampling = sampling
+        self._start = start
+        self._schedules = [
+            hidden_counts(sampling.schedule, sampling.rounds, count) for count in start.tolist()
+        ]
+
+    def turn(self, samples: Counts, left: Counts) -> Turn:
+        """Return the numbers of a pass.
+
+        Args:
+            samples: indices into the batch, (active,).
+            left: tokens they still hide, (active,).
+        """
+        sampling = self._sampling
+        if sampling.entropy_bound:
+            turns = np.full(len(left), sampling.rounds)
+            done = 1 - left / self._start[samples]
+            turn = np.minimum((done * turns).astype(np.int64), turns - 1)
+            last = np.zeros(len(left), bool)
+        else:
+            schedules = [self._schedules[sample] for sample in samples]
+            turns = np.array([len(schedule) for schedule in schedules])
+            pairs = zip(schedules, left, strict=True)
+            turn = np.array([(schedule >= hidden).sum() for schedule, hidden in pairs])
+            last = turn == turns - 1
+        return _turn(sampling, turn, turns, last)
 
 
-def _turn(
-    sampling: Sampling,
-    parts: list[Round],
-    turn: Counts,
-    turns: Counts,
-    last: NDArray[np.bool_],
-) -> Turn:
+def _turn(sampling: Sampling, turn: Counts, turns: Counts, last: NDArray[np.bool_]) -> Turn:
     annealed = 1 - (turn + 1) / turns if sampling.annealing else np.ones(len(turn))
     alpha = sampling.alpha * annealed
     first, final = sampling.exploration
@@ -71,7 +79,6 @@ def _turn(
         interval=sampling.guidance_interval,
     )
     return Turn(
-        parts=parts,
         alpha=alpha,
         exploration=first + (final - first) * turn / np.maximum(turns - 1, 1),
         controls=_controls(sampling, alpha, last, guidance),
@@ -87,11 +94,12 @@ def _controls(
     """Return the head's controls.
 
     Where all that is left is revealed, or alpha is 0, tokens come from plain p as in MaskGIT's
-    last round: 1 + 1/alpha is not formed there. Nor do moments matter where all is revealed.
+    last round: 1 + 1/alpha is not formed there. (Under an entropy bound it is not known before the
+    pass that all will be revealed; tokens stay tempered then if the order's are.)
     """
     positive = alpha > 0
     beta = np.where(positive, 1 + 1 / np.where(positive, alpha, 1), BETA_CAP)
-    beta = np.where(last, 1, np.minimum(beta, BETA_CAP)).astype(np.float32)
+    beta = np.minimum(beta, BETA_CAP).astype(np.float32)
     tempered = positive & ~last & sampling.tempered
     return Controls(
         guidance=guidance,

@@ -21,7 +21,7 @@ from mdruntime.randomness import Purpose, Randomness
 from mdruntime.sampler import Canvas, Denoise, Tokens, unmask
 from mdruntime.sampling import Sampling
 from mdruntime.schedule import hidden_counts
-from mdruntime.turn import planned_turn
+from mdruntime.turn import Clock
 
 SAMPLES = 6000
 FALSE_ALARM = 1e-6
@@ -389,7 +389,8 @@ def moment_outcomes(
     """Return positions and tokens (samples, count) of one round of the runtime's moment order."""
     many, hidden = len(randomness), len(p)
     logits = np.log(p)[None].astype(np.float32)
-    turn = planned_turn(Sampling(alpha=alpha, annealing=False), [[[count], [1]]], 0)
+    clock = Clock(Sampling(alpha=alpha, annealing=False, rounds=2), np.array([hidden]))
+    turn = clock.turn(np.array([0]), np.array([hidden]))
     draws = draw(logits, turn.controls, np.zeros((1, hidden), np.float32))
     view = View(
         draws=draws._replace(log_moment=np.broadcast_to(draws.log_moment, (many, hidden))),

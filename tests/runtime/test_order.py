@@ -14,7 +14,7 @@ from mdruntime.order import HYBRID, ORDERS, View, find_order, hybrid, ranking
 from mdruntime.randomness import Purpose, Randomness
 from mdruntime.sampler import Canvas, Denoise, Step, Tokens, unmask
 from mdruntime.sampling import Sampling
-from mdruntime.turn import planned_turn
+from mdruntime.turn import Clock
 
 CANVAS = Canvas(length=16, grid=(4, 4), mask_token=8)
 BETA, ALPHA = 1.5, 2.0
@@ -100,7 +100,7 @@ def test_known_orders_do_not_look_at_the_denoiser(name: str, view: View) -> None
     ("name", "grid", "order"),
     [
         ("halton", (4, 6), halton_grid(4, 6)),
-        ("halton", (24,), halton_grid(1, 24)),
+        ("halton", (24,), halton_line(24)),  # base 2 on a line of text
         ("halton-1d", (24,), halton_line(24)),
         ("halton-1d", (4, 6), halton_line(24)),
     ],
@@ -223,7 +223,9 @@ def test_exploring_positions_are_revealed_first(toy: Callable[[int], Denoise]) -
 
 def test_the_exploration_share_follows_the_rounds() -> None:
     sampling = Sampling(order=HYBRID, exploration=(1.0, 0.2))
-    shares = [planned_turn(sampling, [[[1]] * 5], turn).exploration[0] for turn in range(5)]
+    clock = Clock(sampling.but(rounds=5, schedule="linear"), np.array([5]))
+    turns = [clock.turn(np.array([0]), np.array([5 - index])) for index in range(5)]
+    shares = [turn.exploration[0] for turn in turns]
     assert shares == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
 
 

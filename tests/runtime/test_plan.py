@@ -21,9 +21,13 @@ CANVAS = Canvas(length=16, grid=(4, 4), mask_token=8)
 REFRESH = ("chosen", "recent")
 ROUNDS = (1, 2, 3, 5, 8, 16)
 OUT_OF_RANGE: list[tuple[str, Any, str]] = [
+    ("rounds", 2.5, "a whole number, got 2.5"),
+    ("alpha", "4", "a number, got '4'"),
+    ("exploitation_order", "hybrid", "one of moment, .*, got 'hybrid'"),
+    ("exploration_order", "moment", "one of temperature, .*, got 'moment'"),
     ("rounds", 0, "between 1 and 4096, got 0"),
     ("rounds", 4097, "between 1 and 4096, got 4097"),
-    ("rounds", math.nan, "between 1 and 4096, got nan"),
+    ("rounds", math.nan, "a whole number, got nan"),
     ("substeps", 0, "between 1 and 4096, got 0"),
     ("substeps", 5000, "between 1 and 4096, got 5000"),
     ("refresh_interval", 0, "between 1 and 4096, got 0"),

@@ -9,9 +9,12 @@ from numpy.typing import NDArray
 from mdruntime.errors import SamplingError
 from mdruntime.guidance import GUIDANCE_SCHEDULES, guidance_weights, weight_from_scale
 from mdruntime.halton import halton_grid, halton_line
+from mdruntime.head import draw
+from mdruntime.randomness import Randomness
+from mdruntime.sampler import Canvas, Pass, Result, unmask
 from mdruntime.sampling import Sampling
 from mdruntime.schedule import SCHEDULES, hidden_counts
-from mdruntime.turn import BETA_CAP, planned_turn, timed_turn
+from mdruntime.turn import BETA_CAP, Clock, Turn
 
 # Printed by the published samplers: valeoai MaskGIT v1.0 (``adap_sche``), valeoai Halton-MaskGIT,
 # google-research/maskgit, MAGE, aMUSEd, TiTok and MaskBit.
@@ -175,28 +178,32 @@ def test_less_than_one_round_is_refused(rounds: int) -> None:
         hidden_counts("cosine", rounds, 256)
 
 
+def turn_of(sampling: Sampling, rounds: int, index: int) -> Turn:
+    """Return round ``index`` of a trajectory that reveals one token a round."""
+    clock = Clock(sampling.but(rounds=rounds, schedule="linear"), np.array([rounds]))
+    return clock.turn(np.array([0]), np.array([rounds - index]))
+
+
 def test_choice_temperature_falls_linearly_to_zero() -> None:
-    plans = [[[1]] * 8]
-    alphas = [planned_turn(Sampling(alpha=4.0), plans, turn).alpha[0] for turn in range(8)]
+    alphas = [turn_of(Sampling(alpha=4.0), 8, index).alpha[0] for index in range(8)]
     assert alphas == pytest.approx([3.5, 3, 2.5, 2, 1.5, 1, 0.5, 0])
 
 
 def test_without_annealing_the_choice_temperature_stays() -> None:
-    plans = [[[1]] * 8]
     sampling = Sampling(alpha=4.0, annealing=False)
-    assert {planned_turn(sampling, plans, turn).alpha[0] for turn in range(8)} == {4.0}
+    assert {turn_of(sampling, 8, index).alpha[0] for index in range(8)} == {4.0}
 
 
 @pytest.mark.parametrize(("alpha", "tau"), [(1.0, 0.5), (4.5, 0.818), (6.0, 0.857), (1000.0, 1.0)])
 def test_tokens_have_the_implicit_temperature(alpha: float, tau: float) -> None:
-    turn = planned_turn(Sampling(alpha=alpha, annealing=False), [[[1], [1]]], 0)
+    turn = turn_of(Sampling(alpha=alpha, annealing=False), 2, 0)
     assert 1 / turn.controls.token_beta[0] == pytest.approx(tau, abs=1e-3)
     assert turn.controls.token_beta[0] == turn.controls.beta[0]
 
 
 def test_the_last_round_draws_from_the_plain_denoiser() -> None:
     sampling = Sampling(alpha=1.0, annealing=False)
-    betas = [planned_turn(sampling, [[[1]] * 3], turn).controls.token_beta[0] for turn in range(3)]
+    betas = [turn_of(sampling, 3, index).controls.token_beta[0] for index in range(3)]
     assert betas == [2, 2, 1]
 
 
@@ -204,19 +211,42 @@ def test_the_last_round_draws_from_the_plain_denoiser() -> None:
 def test_exponents_are_capped_and_tokens_at_zero_temperature_plain(
     alpha: float, token_beta: float
 ) -> None:
-    turn = planned_turn(Sampling(alpha=alpha, annealing=False), [[[1], [1]]], 0)
+    turn = turn_of(Sampling(alpha=alpha, annealing=False), 2, 0)
     assert turn.controls.token_beta[0] == token_beta
     assert turn.controls.beta[0] == min(BETA_CAP, 1 + 1 / alpha if alpha else np.inf)
 
 
 def test_samples_with_fewer_rounds_anneal_on_their_own_clock() -> None:
-    turn = planned_turn(Sampling(alpha=1.0), [[[1]] * 2, [[1]] * 4], 1)
+    clock = Clock(Sampling(alpha=1.0, rounds=4, schedule="linear"), np.array([2, 4]))
+    turn = clock.turn(np.array([0, 1]), np.array([1, 3]))
     assert turn.alpha.tolist() == [0, 0.5]
+
+
+def test_passes_that_share_a_full_pass_keep_the_numbers_of_their_own_rounds() -> None:
+    betas: list[float] = []
+
+    def denoise(request: Pass) -> Result:
+        betas.append(float(request.controls.token_beta[0]))
+        logits = np.zeros((*request.tokens.shape, 3), np.float32)
+        return Result(draw(logits, request.controls, request.uniforms))
+
+    blank, canvas = np.full((1, 4), 3, np.int32), Canvas(4, (4,), 3)
+    sampling = Sampling(order="temperature", rounds=4, schedule="linear", alpha=2.0)
+    expected = [1 + 1 / 1.5, 1 + 1 / 1.0, 1 + 1 / 0.5, 1.0]
+    for interval in (1, 2, 4):
+        betas.clear()
+        list(
+            unmask(
+                denoise, blank, canvas, sampling.but(refresh_interval=interval), Randomness(0, [0])
+            )
+        )
+        assert betas == pytest.approx(expected)
 
 
 def test_under_an_entropy_bound_the_revealed_share_tells_the_time() -> None:
     sampling = Sampling(alpha=4.0, rounds=4, entropy_bound=1.0)
-    turn = timed_turn(sampling, np.array([16, 13, 12, 8, 1]), np.full(5, 16))
+    clock = Clock(sampling, np.full(5, 16))
+    turn = clock.turn(np.arange(5), np.array([16, 13, 12, 8, 1]))
     assert turn.alpha.tolist() == [3, 3, 2, 1, 0]
 
 
