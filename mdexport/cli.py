@@ -196,10 +196,34 @@ def verify_command(bundle: Path | None, **options: Any) -> None:
         raise VerificationError("the port does not compute what the original computes")
 
 
+def model_table() -> str:
+    """Return the catalogue as the README's Markdown table."""
+    rows = [
+        ("name", "task", "denoiser", "files", "licence"),
+        ("---", "---", "---", "---", "---"),
+        *(
+            (
+                f"`{entry.name}`",
+                f"{entry.task}: {entry.summary}",
+                f"{entry.parameters / 1e6:.1f} M",
+                "<br>".join(f"`{option}` {where}" for option, where in entry.files.items())
+                or "included",
+                entry.licence,
+            )
+            for entry in mdzoo.CATALOGUE.values()
+        ),
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 @cli.command("list")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
-def list_command(as_json: bool) -> None:
+@click.option("--markdown", is_flag=True, help="print the README's table")
+def list_command(as_json: bool, markdown: bool) -> None:
     """Show the models, their sizes, and the files they need."""
+    if markdown:
+        click.echo(model_table(), nl=False)
+        return
     for entry in mdzoo.CATALOGUE.values():
         parameters = entry.parameters
         if as_json:

@@ -22,6 +22,7 @@ __all__ = ["Images", "Pipeline", "load"]
 Images = NDArray[np.uint8]  # (batch, height, width, 3)
 
 _LARGEST_SEED = 2**64 - 1
+_HIDDEN_COLOUR = (72, 104, 168)
 
 
 def load(
@@ -221,13 +222,13 @@ class Pipeline:
         return np.concatenate(images)
 
     def preview(self, tokens: Tokens) -> Images:
-        """Return images of unfinished canvases: hidden tokens are grey."""
+        """Return images of unfinished canvases: hidden tokens are blue."""
         spec, image = self.manifest.denoiser, self.manifest.image
         hidden = np.asarray(tokens) == spec.mask_token
         images = self.decode(np.where(hidden, 0, tokens).astype(np.int32)).copy()
         cells = hidden.reshape(-1, *spec.grid)
         cell = (image.height // spec.grid[0], image.width // spec.grid[1])
-        images[cells.repeat(cell[0], axis=1).repeat(cell[1], axis=2)] = 128
+        images[cells.repeat(cell[0], axis=1).repeat(cell[1], axis=2)] = _HIDDEN_COLOUR
         return images
 
     def _run(

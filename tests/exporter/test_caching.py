@@ -1,4 +1,4 @@
-"""Partial caching against recomputing everything: exact with one layer, stale from the second on."""
+"""Partial caching against recomputing: exact with one layer, stale from the second on."""
 
 from collections.abc import Sequence
 from dataclasses import replace
