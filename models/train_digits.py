@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdzoo.maskgit import MaskGIT, MaskGITConfig, to_published
+from mdzoo.maskgit import MaskGIT, MaskGITConfig, initialise, to_published
 
 CONFIG = MaskGITConfig(grid=8, codebook=17, classes=10, width=96, depth=5, heads=4, hidden=384)
 DROPOUT = 0.2
@@ -76,12 +76,6 @@ def held_out_loss(model: MaskGIT, images: Tensor, labels: Tensor) -> float:
     losses = [float(loss_of(model, images, labels, generator)) for _ in range(8)]
     model.train()
     return sum(losses) / len(losses)
-
-
-def initialise(model: MaskGIT) -> None:
-    """Start from small embeddings, as BERT does; PyTorch's unit variance trains slowly."""
-    torch.nn.init.normal_(model.tokens.weight, std=0.02)
-    torch.nn.init.normal_(model.positions, std=0.02)
 
 
 def rate(step: int, steps: int) -> float:

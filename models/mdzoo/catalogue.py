@@ -10,13 +10,17 @@ from torch import Tensor, nn
 
 from mdruntime.manifest import ImageSpec, WeightsSpec
 from mdruntime.sampling import Sampling
-from mdzoo import checkpoint
+from mdzoo import checkpoint, maskgit
 from mdzoo.checkpoint import CheckpointError
 from mdzoo.decoder import Palette, VQGANImages
-from mdzoo.maskgit import MaskGIT, MaskGITConfig, from_published
+from mdzoo.maskgit import MaskGIT, MaskGITConfig
 from mdzoo.vqgan import VQGAN, VQGANConfig
 
 __all__ = ["CATALOGUE", "Entry", "Model", "Sources", "load", "load_denoiser"]
+
+
+SETTINGS = ("heads", "classes", "codebook")
+"""What --set may name: the sizes that tensor shapes cannot tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ class Sources:
     vqgan: Path | None = None
     random_seed: int | None = None
     settings: Mapping[str, int] = field(default_factory=dict)
-    """What tensor shapes cannot tell: ``heads``, ``classes`` or ``codebook``."""
+    """Some of ``SETTINGS``."""
 
 
 _HUB = "huggingface.co, llvictorll/Maskgit-pytorch, pretrained_maskgit"
@@ -162,12 +166,14 @@ def load_denoiser(entry: Entry, sources: Sources) -> MaskGIT:
     Raises:
         CheckpointError: the file is missing, damaged, or of another architecture.
     """
+    for name in sources.settings:
+        if name not in SETTINGS:
+            raise CheckpointError(f"--set must name one of {', '.join(SETTINGS)}, got {name!r}")
     if sources.random_seed is not None:
         return _random_denoiser(entry, sources)
     state, source = _read(entry, sources)
-    config = _infer(entry, state, dict(sources.settings))
-    model = MaskGIT(config)
-    checkpoint.fit(model, from_published(state), source=source)
+    model = MaskGIT(maskgit.infer(state, entry.config, sources.settings))
+    checkpoint.fit(model, maskgit.from_published(state), source=source)
     return model.eval()
 
 
@@ -177,8 +183,7 @@ def _random_denoiser(entry: Entry, sources: Sources) -> MaskGIT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sources.random_seed or 0)
         model = MaskGIT(entry.config)
-        for table in (model.tokens.weight, model.positions):
-            nn.init.normal_(table, std=0.02)
+        maskgit.initialise(model)
     return model.eval()
 
 
@@ -196,34 +201,6 @@ def _missing(entry: Entry, option: str) -> str:
     return (
         f"{entry.name} needs {option}: its weights are published at {wanted}. "
         "Or try it with --random-weights 0"
-    )
-
-
-def _infer(entry: Entry, state: Mapping[str, Tensor], settings: dict[str, int]) -> MaskGITConfig:
-    """Read sizes from shapes; take from the entry only what is sure to belong to the same model."""
-    known = ("heads", "classes", "codebook")
-    for name in settings:
-        if name not in known:
-            raise CheckpointError(f"--set must name one of {', '.join(known)}, got {name!r}")
-    table = state.get("tok_emb.weight")
-    rows, width = table.shape if table is not None and table.ndim == 2 else (0, 0)
-    if "codebook" in settings:
-        settings.setdefault("classes", rows - settings["codebook"] - 2)
-    if table is not None and rows != entry.config.vocabulary and "classes" not in settings:
-        raise CheckpointError(
-            f"the checkpoint has {rows} embedding rows where {entry.name} has "
-            f"{entry.config.vocabulary}, so its codebook cannot be told from its classes: "
-            "pass --set classes=N"
-        )
-    if table is not None and width != entry.config.width and "heads" not in settings:
-        raise CheckpointError(
-            f"the checkpoint has width {width} where {entry.name} has {entry.config.width}, so its "
-            "number of attention heads is unknown: pass --set heads=N"
-        )
-    return MaskGITConfig.from_state(
-        state,
-        heads=settings.get("heads", entry.config.heads),
-        classes=settings.get("classes", entry.config.classes),
     )
 
 

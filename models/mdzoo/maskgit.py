@@ -180,6 +180,47 @@ class MaskGIT(nn.Module):
         return F.linear(self.last(x).float(), table) + bias[..., :columns].float()
 
 
+def initialise(model: MaskGIT) -> None:
+    """Draw small embeddings, as BERT does; PyTorch's unit variance trains slowly."""
+    for table in (model.tokens.weight, model.positions):
+        nn.init.normal_(table, std=0.02)
+
+
+def infer(
+    state: Mapping[str, Tensor], published: MaskGITConfig, settings: Mapping[str, int]
+) -> MaskGITConfig:
+    """Read sizes from shapes; take from the published model only what is sure to be the same.
+
+    Args:
+        state: tensors under their published names.
+        published: the model that was asked for by name.
+        settings: ``heads``, ``classes`` or ``codebook``, which no shape tells.
+
+    Raises:
+        CheckpointError: another architecture, or sizes that must be told.
+    """
+    rows, width = shape_of(state, "tok_emb.weight", 2)
+    told = dict(settings)
+    if "codebook" in told:
+        told.setdefault("classes", rows - told["codebook"] - 2)
+    if rows != published.vocabulary and "classes" not in told:
+        raise CheckpointError(
+            f"the checkpoint has {rows} embedding rows where the published model has "
+            f"{published.vocabulary}, so its codebook cannot be told from its classes: "
+            "pass --set classes=N"
+        )
+    if width != published.width and "heads" not in told:
+        raise CheckpointError(
+            f"the checkpoint has width {width} where the published model has {published.width}, "
+            "so its number of attention heads is unknown: pass --set heads=N"
+        )
+    return MaskGITConfig.from_state(
+        state,
+        heads=told.get("heads", published.heads),
+        classes=told.get("classes", published.classes),
+    )
+
+
 # Published name, our name; {i} stands for the number of a block.
 _NAMES = (
     ("tok_emb.", "tokens."),

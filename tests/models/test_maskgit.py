@@ -169,7 +169,9 @@ def test_another_architecture_is_named_by_its_keys(tmp_path: Path) -> None:
     path = tmp_path / "resnet.pth"
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.zeros(1000)}, path)
     sources = mdzoo.Sources(checkpoint=path)
-    with pytest.raises(CheckpointError, match=r"'pos_emb', found 2 other tensors \(conv1.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"'tok_emb.weight', found 2 other tensors \(conv1.weight"
+    ):
         mdzoo.load_denoiser(mdzoo.CATALOGUE["maskgit256"], sources)
 
 
