@@ -4,8 +4,6 @@ Everything is written to ``<folder>.partial``, verified there, and renamed: a fo
 name is complete and verified, whatever happens in between.
 """
 
-import errno
-import os
 import platform
 import shutil
 import time
@@ -23,6 +21,7 @@ from torch import nn
 import mdruntime
 from mdexport import spelling
 from mdexport.denoiser import Denoiser
+from mdexport.folder import prepare, publish, require_space
 from mdexport.precision import LIMITS, cast, dtype_of, float32_operators
 from mdexport.reference import record
 from mdexport.report import write_report
@@ -131,19 +130,13 @@ class _Work:
         half: Denoiser = cast(self.model.denoiser, precision)
         graph = trace_denoiser(half, spec, dtype_of(precision))
         spelling.keep_softmax_in_float32(graph)
-        islands = float32_operators(graph) if precision != "fp32" else ()
-        self._describe(graph)
         path = self.folder / "denoiser.onnx"
-        _save(graph, path, "denoiser.weights")
-        self.graphs["denoiser"] = GraphSpec(
-            file=path.name,
-            opset=OPSET,
+        self.graphs["denoiser"] = replace(
+            self._described(graph, path),
             spellings={"tensorrt": "denoiser.tensorrt.onnx"},
-            inputs=tensor_specs(graph.graph.inputs),
-            outputs=tensor_specs(graph.graph.outputs),
             caches=cache_names(spec.layers),
-            float32_operators=islands,
         )
+        _save(graph, path, "denoiser.weights")
         self._spell(path)
         return f"opset {OPSET} and {spelling.TENSORRT_OPSET}, {_size(self.folder, 'denoiser')}"
 
@@ -159,24 +152,26 @@ class _Work:
         spec = self.model.denoiser.spec
         graph = trace_decoder(cast(self.model.decoder, self.options.precision), spec.length)
         spelling.keep_softmax_in_float32(graph)
-        self._describe(graph)
-        _save(graph, self.folder / "decoder.onnx", "decoder.weights")
-        islands = float32_operators(graph) if self.options.precision != "fp32" else ()
-        self.graphs["decoder"] = GraphSpec(
-            file="decoder.onnx",
+        path = self.folder / "decoder.onnx"
+        self.graphs["decoder"] = self._described(graph, path)
+        _save(graph, path, "decoder.weights")
+        return f"opset {OPSET}, {_size(self.folder, 'decoder')}"
+
+    def _described(self, graph: ir.Model, path: Path) -> GraphSpec:
+        """Sign a graph and return what the manifest says of it."""
+        graph.producer_name, graph.producer_version = "mdexport", mdruntime.__version__
+        graph.metadata_props["mdexport.model"] = self.model.name
+        graph.metadata_props["mdexport.precision"] = self.options.precision
+        lower = self.options.precision != "fp32"
+        return GraphSpec(
+            file=path.name,
             opset=OPSET,
             spellings={},
             inputs=tensor_specs(graph.graph.inputs),
             outputs=tensor_specs(graph.graph.outputs),
             caches=(),
-            float32_operators=islands,
+            float32_operators=float32_operators(graph) if lower else (),
         )
-        return f"opset {OPSET}, {_size(self.folder, 'decoder')}"
-
-    def _describe(self, graph: ir.Model) -> None:
-        graph.producer_name, graph.producer_version = "mdexport", mdruntime.__version__
-        graph.metadata_props["mdexport.model"] = self.model.name
-        graph.metadata_props["mdexport.precision"] = self.options.precision
 
     def verified(self) -> str:
         """Replay the reference in ONNX Runtime, in both spellings."""
@@ -184,10 +179,8 @@ class _Work:
         bundle = open_bundle(self.folder, check=False)
         self.result = verify(bundle)
         spelled = verify(bundle, spelling="tensorrt")
-        failures = [
-            *(f"{failure}" for failure in self.result.failures),
-            *(f"TensorRT spelling: {failure}" for failure in spelled.failures),
-        ]
+        failures = [*self.result.failures]
+        failures += [f"TensorRT spelling: {failure}" for failure in spelled.failures]
         if failures:
             raise VerificationError(
                 f"verification failed: {'; '.join(failures)}; nothing was written. "
@@ -246,9 +239,9 @@ def build(model: Model, folder: Path, options: Options) -> Generator[Progress]:
         VerificationError: the graphs do not compute what the model computes.
         OSError: the disk is full or read-only.
     """
-    partial = _prepare(folder, options.force)
+    partial = prepare(folder, force=options.force)
     try:
-        _require_space(model, partial, options)
+        require_space(partial, _bytes(model, options.precision))
         work = _Work(model, partial, options)
         steps = (
             ("reference", work.reference),
@@ -261,49 +254,15 @@ def build(model: Model, folder: Path, options: Options) -> Generator[Progress]:
             began = time.perf_counter()
             detail = step()
             yield Progress(number, len(steps), name, detail, time.perf_counter() - began)
-        _publish(partial, folder)
+        publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _prepare(folder: Path, force: bool) -> Path:
-    """Create and return the folder to write into."""
-    if folder.exists() and not force:
-        raise FileExistsError(f"{str(folder)!r} exists; choose another --output, or pass --force")
-    partial = folder.with_name(folder.name + ".partial")
-    if partial.exists() and not force:
-        raise FileExistsError(
-            f"{str(partial)!r} exists: another build is running, or was killed; "
-            "delete the folder, or pass --force"
-        )
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def _require_space(model: Model, partial: Path, options: Options) -> None:
-    """Refuse early what cannot fit, before minutes are spent on it."""
-    size = {"fp32": 4, "fp16": 2}[options.precision]
+def _bytes(model: Model, precision: str) -> int:
+    """Return the size of a model's weights in that precision."""
     decoder = sum(tensor.numel() for tensor in model.decoder.parameters())
-    weights = model.weights.parameters + decoder
-    needed = int(1.1 * weights * size) + (16 << 20)
-    free = shutil.disk_usage(partial).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC, f"the bundle needs about {needed >> 20} MiB, {free >> 20} MiB are free"
-        )
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Give the finished folder its name; a predecessor disappears only then."""
-    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    if old.is_dir():
-        shutil.rmtree(old)
-    else:
-        old.unlink(missing_ok=True)
+    return (model.weights.parameters + decoder) * dtype_of(precision).itemsize
 
 
 def _save(graph: ir.Model, path: Path, weights: str) -> None:

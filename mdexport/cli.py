@@ -17,13 +17,14 @@ import click
 
 import mdruntime
 import mdzoo
-from mdexport.against import compare, read_recording
+from mdexport.against import Recording, compare, read_recording
 from mdexport.build import Options, Progress, build
 from mdexport.precision import PRECISIONS
 from mdruntime import cli as device
 from mdruntime.doctor import examine
 from mdruntime.errors import ProviderError, VerificationError
 from mdruntime.ort import import_onnxruntime
+from mdruntime.records import to_json
 
 __all__ = ["main"]
 
@@ -39,7 +40,7 @@ class _Settings(click.ParamType[tuple[str, int]]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, int]:
         name, _, number = str(value).partition("=")
-        if not name or not number.strip().isdigit():
+        if not name or not number.isdecimal() or len(number) > 9:
             self.fail(f"{value!r} must have the form name=number, such as heads=4", param, ctx)
         return name, int(number)
 
@@ -161,32 +162,28 @@ def _say_done(entry: mdzoo.Entry, folder: Path, as_json: bool) -> None:
     "--against", type=click.Path(path_type=Path), help="logits of the original code (npz)"
 )
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
-def verify_command(bundle: Path | None, **options: Any) -> None:
+def verify_command(bundle: Path | None, **options: Any) -> int:
     """Check a BUNDLE on this machine, or our port of a model against the original's logits.
 
     The npz file holds tokens [batch, length], labels [batch] (-1: none), logits
     [batch, length, codebook] and optionally tolerance, a largest absolute difference.
     """
     if bundle is not None:
-        if options["model"] or options["against"]:
+        if any(options[name] for name in ("model", "against", "checkpoint", "settings")):
             raise click.UsageError("pass either a BUNDLE, or --model with --against")
         arguments = ["verify", str(bundle), *(["--json"] if options["as_json"] else [])]
-        raise SystemExit(device.run(device.parse_args(arguments)))
+        return device.run(device.parse_args(arguments))
     if options["model"] is None or options["against"] is None:
         raise click.UsageError("pass a BUNDLE, or --model NAME --checkpoint FILE --against FILE")
     entry = _find(options["model"])
+    if entry.files and options["checkpoint"] is None:
+        raise click.UsageError(f"{entry.name} needs --checkpoint FILE ('mdexport list' says where)")
     recording = read_recording(options["against"])
-    settings = dict(options["settings"])
-    if not {"codebook", "classes"} & set(settings):
-        # Shapes cannot tell codes from classes, but the recorded logits can.
-        columns = recording.logits.shape[-1]
-        masked = int(recording.tokens.max(initial=0)) == columns
-        settings["codebook"] = columns if masked else columns - 1
+    settings = {**_codebook(entry, recording), **dict(options["settings"])}
     sources = mdzoo.Sources(checkpoint=options["checkpoint"], settings=settings)
     result = compare(mdzoo.load_denoiser(entry, sources), recording)
     if options["as_json"]:
-        facts = {"largest": result.largest, "tolerance": result.tolerance, "ok": bool(result)}
-        click.echo(json.dumps({**facts, "where": result.where}))
+        click.echo(json.dumps({**to_json(result), "ok": bool(result)}))
     else:
         click.echo(
             f"{entry.name}: largest difference {result.largest:.3g} of {result.count} logits, "
@@ -194,6 +191,15 @@ def verify_command(bundle: Path | None, **options: Any) -> None:
         )
     if not result:
         raise VerificationError("the port does not compute what the original computes")
+    return 0
+
+
+def _codebook(entry: mdzoo.Entry, recording: Recording) -> dict[str, int]:
+    """Return a setting that shapes cannot tell, but recorded logits can: codes, not classes."""
+    columns, largest = recording.logits.shape[-1], int(recording.tokens.max(initial=0))
+    if largest < columns in (entry.config.codebook, entry.config.codebook + 1):
+        return {}
+    return {"codebook": columns if largest == columns else columns - 1}
 
 
 def model_table() -> str:
@@ -239,7 +245,7 @@ def list_command(as_json: bool, markdown: bool) -> None:
 
 
 @cli.command("doctor")
-def doctor_command() -> None:
+def doctor_command() -> int:
     """Say what this machine offers, and what is missing with the command that mends it."""
     for package in ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "click"):
         click.echo(f"{package:18} {version(package)}")
@@ -248,8 +254,7 @@ def doctor_command() -> None:
         click.echo(f"{finding.name:18} {finding.value}")
         if finding.cure:
             click.echo(f"{'':18} -> {finding.cure}")
-    if any(finding.fatal for finding in findings):
-        raise SystemExit(ProviderError.exit_code)
+    return ProviderError.exit_code if any(finding.fatal for finding in findings) else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -264,18 +269,16 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        cli.main(arguments, prog_name="mdexport", standalone_mode=False)
+        return cli.main(arguments, prog_name="mdexport", standalone_mode=False) or 0
     except click.ClickException as error:
-        text = error.format_message()
-        click.echo(f"mdexport: {text}", err=True)
+        text = error.format_message()  # without arguments it is the whole of --help
+        click.echo(text if text.startswith("Usage:") else f"mdexport: {text}", err=True)
         return USAGE
     except (Exception, KeyboardInterrupt, click.Abort) as error:
-        code, text = _explain(error)
-        click.echo(f"mdexport: {text}", err=True)
+        code = device.report("mdexport", *_explain(error))
         if os.environ.get("MDEXPORT_TRACEBACK"):
             raise
         return code
-    return 0
 
 
 def _explain(error: BaseException) -> tuple[int, str]:

@@ -38,7 +38,8 @@ def open_bundle(folder: str | Path, *, check: bool = True) -> Bundle:
 
     Args:
         folder: the bundle.
-        check: compare SHA-256 sums (about a second per gigabyte); sizes are always compared.
+        check: compare SHA-256 sums (about a second per gigabyte) and refuse a build that was
+            never finished; sizes are always compared.
 
     Raises:
         BundleError: no bundle, an incomplete or an altered one.
@@ -53,6 +54,8 @@ def open_bundle(folder: str | Path, *, check: bool = True) -> Bundle:
     from concurrent.futures import ThreadPoolExecutor  # a tenth of the package's import time
 
     manifest = parse((folder / MANIFEST).read_bytes())
+    if check and (folder.name.endswith(".partial") or not manifest.verification.measured):
+        raise BundleError(f"{str(folder)!r} is an unfinished, unverified build; export it again")
     with ThreadPoolExecutor() as pool:
         names, specs = manifest.files.keys(), manifest.files.values()
         list(pool.map(lambda name, spec: _compare(folder, name, spec, check), names, specs))
@@ -61,7 +64,7 @@ def open_bundle(folder: str | Path, *, check: bool = True) -> Bundle:
 
 def _compare(folder: Path, name: str, spec: FileSpec, check: bool) -> None:
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not _is_inside(path, folder):
         raise BundleError(f"{name} is a link that leaves the bundle; copy the file itself")
     if not path.is_file():
         raise BundleError(f"{name} is missing from the bundle; copy or export it again")
@@ -76,6 +79,13 @@ def _compare(folder: Path, name: str, spec: FileSpec, check: bool) -> None:
             f"{name} does not match {MANIFEST} (its SHA-256 differs); "
             "copy or export the bundle again"
         )
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return False
 
 
 def _sha256(path: Path) -> str:

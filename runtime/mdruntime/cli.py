@@ -1,8 +1,10 @@
 """The command line of the device: ``mdruntime generate | verify | info | doctor``."""
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,8 +18,8 @@ from mdruntime.bundle import Bundle, open_bundle
 from mdruntime.denoiser import HEADS
 from mdruntime.doctor import examine
 from mdruntime.errors import MdruntimeError, ProviderError, SamplingError, VerificationError
-from mdruntime.images import check_target, enlarge, save_animation, save_image, sheet
-from mdruntime.options import add_sampling_flags, labels, sampling_changes
+from mdruntime.images import enlarge, save_animation, save_image, sheet
+from mdruntime.options import add_sampling_flags, check_request, columns, labels, sampling_changes
 from mdruntime.pipeline import Images, Pipeline, load
 from mdruntime.records import to_json
 from mdruntime.sampler import Step
@@ -26,7 +28,8 @@ from mdruntime.verify import verify
 
 __all__ = ["explain", "main", "parse_args", "run"]
 
-INTERRUPTED = 130
+INTERRUPTED = 128 + signal.SIGINT
+UNREAD = 128 + signal.SIGPIPE  # of what was printed, as after: mdruntime info ... | head -1
 RESOURCES = 6  # memory or disk
 
 
@@ -35,7 +38,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with the code of usage errors."""
-        self.exit(SamplingError.exit_code, f"{self.prog}: {message} (--help shows the flags)\n")
+        line = " ".join(message.split())
+        self.exit(SamplingError.exit_code, f"{self.prog}: {line} (--help shows the flags)\n")
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -82,13 +86,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = parse_args(arguments)
     try:
-        return run(options)
+        code = run(options)
+        flush()
+        return code
     except (Exception, KeyboardInterrupt) as error:
-        code, text = explain(error)
-        print(f"mdruntime: {text}", file=sys.stderr)
+        code = report("mdruntime", *explain(error))
         if os.environ.get("MDRUNTIME_TRACEBACK"):
             raise
         return code
+
+
+def flush() -> None:
+    """Write out what was printed, while a failure can still be reported."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again at exit, and complain in several lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def report(program: str, code: int, text: str) -> int:
+    """Print the one line that stands for an error, and return its exit code."""
+    with contextlib.suppress(OSError):
+        flush()
+    if code != UNREAD:  # then who read the output, as head does, has enough and wants no more
+        print(f"{program}: {text}", file=sys.stderr)
+    return code
 
 
 def explain(error: BaseException) -> tuple[int, str]:
@@ -99,7 +122,9 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
     if isinstance(error, MemoryError):
-        return RESOURCES, f"out of memory; try a smaller --batch-size ({line})"
+        return RESOURCES, f"out of memory; ask for less at a time, such as --batch-size 1 ({line})"
+    if isinstance(error, BrokenPipeError):
+        return UNREAD, line
     if isinstance(error, OSError):
         return RESOURCES, line
     return 1, f"unexpected {type(error).__name__}: {line} (MDRUNTIME_TRACEBACK=1 shows where)"
@@ -112,7 +137,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    _check_request(options)
+    check_request(options)
     began = time.perf_counter()
     with load(
         options.bundle, options.provider, threads=options.threads, head=options.head
@@ -127,33 +152,13 @@ def _generate(options: argparse.Namespace) -> int:
             "generate_s": round(time.perf_counter() - loaded, 3),
         }
     if options.output is not None:
-        page = sheet(enlarge(images, options.scale), options.columns or _columns(options))
+        page = sheet(enlarge(images, options.scale), columns(options))
         save_image(options.output, page, facts)
     if options.json:
         print(json.dumps(facts))
     elif not options.quiet:
         _say_written(options, facts)
     return 0
-
-
-def _check_request(options: argparse.Namespace) -> None:
-    """Refuse what could only fail after the work is done."""
-    if options.output is None and options.animate is None:
-        raise SamplingError("nothing to write: pass -o FILE.png, or --animate FILE.gif")
-    for path, moving in ((options.output, False), (options.animate, True)):
-        if path is not None:
-            check_target(path, moving=moving)
-    for name in ("count", "batch_size"):
-        if getattr(options, name) < 1:
-            raise SamplingError(f"{name} must be at least 1, got {getattr(options, name)}")
-    for name in ("columns", "scale", "threads"):
-        if getattr(options, name) < 0:
-            raise SamplingError(f"{name} must be 0 or more, got {getattr(options, name)}")
-
-
-def _columns(options: argparse.Namespace) -> int:
-    """Show each label on a row of its own where it has several images."""
-    return options.count if options.count > 1 and options.labels else 0
 
 
 def _images(pipeline: Pipeline, options: argparse.Namespace) -> tuple[Images, int]:
@@ -178,8 +183,7 @@ def _images(pipeline: Pipeline, options: argparse.Namespace) -> tuple[Images, in
         passes += step.passes
         images.append(pipeline.decode(step.tokens))
     if options.animate is not None:
-        columns = options.columns or _columns(options)
-        pages = [sheet(enlarge(frame, options.scale), columns) for frame in frames]
+        pages = [sheet(enlarge(frame, options.scale), columns(options)) for frame in frames]
         save_animation(options.animate, pages)
     return np.concatenate(images), passes
 
@@ -187,15 +191,17 @@ def _images(pipeline: Pipeline, options: argparse.Namespace) -> tuple[Images, in
 def _with_bar(steps: Iterator[Step], start: int, total: int) -> Iterator[Step]:
     """Pass steps on, drawing a bar that counts revealed tokens."""
     began = time.perf_counter()
-    for step in steps:
-        batch, length = step.tokens.shape
-        done = (start * length + batch * length - step.hidden) / (total * length)
-        bar = ("#" * round(30 * done)).ljust(30, ".")
-        seconds = time.perf_counter() - began
-        line = f"\r[{bar}] {done:4.0%}  pass {step.passes}  {seconds:.1f} s "
-        print(line, end="", file=sys.stderr, flush=True)
-        yield step
-    print("\r\033[K", end="", file=sys.stderr, flush=True)
+    try:
+        for step in steps:
+            batch, length = step.tokens.shape
+            done = (start * length + batch * length - step.hidden) / (total * length)
+            bar = ("#" * round(30 * done)).ljust(30, ".")
+            seconds = time.perf_counter() - began
+            line = f"\r[{bar}] {done:4.0%}  pass {step.passes}  {seconds:.1f} s "
+            print(line, end="", file=sys.stderr, flush=True)
+            yield step
+    finally:  # an error's line stands alone, too
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _facts(pipeline: Pipeline, options: argparse.Namespace) -> dict[str, Any]:
@@ -208,6 +214,7 @@ def _facts(pipeline: Pipeline, options: argparse.Namespace) -> dict[str, Any]:
         "provider": pipeline.provider,
         "labels": options.labels,
         "seed": options.seed,
+        "first_index": options.first_index,
         "sampling": to_json(sampling),
     }
 

@@ -5,11 +5,12 @@ classifier-free guidance; unconditional rows stand behind all conditional ones, 
 without guidance uses a prefix of the caches.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from mdruntime.errors import SamplingError
 from mdruntime.head import Draws, draw
@@ -17,9 +18,10 @@ from mdruntime.manifest import DenoiserSpec
 from mdruntime.sampler import Pass, Result
 from mdruntime.session import Feeds, Session
 
-__all__ = ["HEADS", "Denoiser"]
+__all__ = ["HEADS", "Denoiser", "labels_of", "tokens_of", "whole"]
 
 HEADS = ("graph", "numpy")
+_LARGEST = 2**64 - 1
 
 
 class Denoiser:
@@ -119,3 +121,51 @@ def _columns(result: Result, columns: slice) -> Result:
 
     logits = None if result.logits is None else cut(result.logits)
     return Result(Draws(*map(cut, result.draws)), logits)
+
+
+def whole(name: str, value: Any, low: int = 0) -> int:
+    """Return a whole number of 64 bits, ``low`` or larger; refuse all else under its name."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise SamplingError(f"{name} must be a whole number, got {value!r}") from None
+    if not low <= number <= _LARGEST:
+        raise SamplingError(f"{name} must be between {low} and 2**64 - 1, got {number}")
+    return number
+
+
+def labels_of(spec: DenoiserSpec, labels: Sequence[int] | None, count: int) -> list[int]:
+    """Return the class of each sample, -1 for none, once it is known to be one of the model's."""
+    if labels is None:
+        return [-1] * whole("count", count, 1)
+    given = np.asarray(labels)
+    if spec.classes == 0:
+        raise SamplingError("this model has no classes; leave labels out")
+    if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer):
+        raise SamplingError(f"labels must be a list of whole numbers, not empty, got {labels!r}")
+    for label in given.tolist():
+        if not 0 <= label < spec.classes:
+            raise SamplingError(f"labels must be between 0 and {spec.classes - 1}, got {label}")
+    return given.tolist()
+
+
+def tokens_of(spec: DenoiserSpec, tokens: ArrayLike) -> NDArray[np.int32]:
+    """Return a user's canvases as (batch, length), once they are known to be canvases."""
+    given = np.asarray(tokens)
+    if given.ndim == 3 and given.shape[1:] == spec.grid:
+        given = given.reshape(len(given), -1)
+    if given.ndim != 2 or given.shape[1] != spec.length or len(given) == 0:
+        raise SamplingError(
+            f"tokens must have shape (batch, {spec.length}) or (batch, "
+            f"{', '.join(map(str, spec.grid))}), got {np.shape(given)}"
+        )
+    if not np.issubdtype(given.dtype, np.integer) or not _known(spec, given).all():
+        raise SamplingError(
+            f"tokens must be integers from 0 to {spec.codebook - 1}, or the mask token "
+            f"{spec.mask_token} where hidden"
+        )
+    return given.astype(np.int32)
+
+
+def _known(spec: DenoiserSpec, tokens: NDArray[Any]) -> NDArray[np.bool_]:
+    return (tokens >= 0) & (tokens < spec.codebook) | (tokens == spec.mask_token)

@@ -36,6 +36,7 @@ def check_target(path: Path, *, moving: bool = False) -> None:
 
     Raises:
         SamplingError: a suffix that is no image format, or a folder that does not exist.
+        PermissionError: a folder that cannot be written to.
         ProviderError: Pillow is not installed.
     """
     _pillow()
@@ -44,6 +45,10 @@ def check_target(path: Path, *, moving: bool = False) -> None:
         raise SamplingError(f"{str(path)!r} must end in one of {', '.join(suffixes)}")
     if not path.parent.is_dir():
         raise SamplingError(f"the folder {str(path.parent)!r} does not exist; create it first")
+    if path.is_dir():
+        raise SamplingError(f"{str(path)!r} is a folder; name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"the folder {str(path.parent)!r} cannot be written to; name another")
 
 
 def enlarge(images: NDArray[np.uint8], scale: int = 0) -> NDArray[np.uint8]:

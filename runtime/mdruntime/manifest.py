@@ -166,7 +166,8 @@ class Manifest:
 
 def _check_path(path: str) -> None:
     parts = PurePosixPath(path)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in path or not parts.parts:
+    strange = "\\" in path or "\0" in path or not parts.parts
+    if parts.is_absolute() or ".." in parts.parts or strange:
         raise BundleError(f"manifest path {path!r} leaves the bundle; do not trust this bundle")
 
 
@@ -180,9 +181,13 @@ def _encode(data: Any) -> bytes:
 
 
 def dump(manifest: Manifest) -> bytes:
-    """Return the file's bytes, with the digest filled in."""
-    digest = _digest(to_json(manifest))
-    return _encode(to_json(replace(manifest, digest=digest)))
+    """Return the file's bytes, with the digest filled in.
+
+    Raises:
+        BundleError: what would be written could not be read back.
+    """
+    manifest = from_json(Manifest, to_json(manifest))  # whole numbers become floats where due
+    return _encode(to_json(replace(manifest, digest=_digest(to_json(manifest)))))
 
 
 def parse(raw: bytes) -> Manifest:
@@ -193,7 +198,7 @@ def parse(raw: bytes) -> Manifest:
     """
     try:
         data = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"manifest.json is not JSON ({error}); export the bundle again") from None
     if not isinstance(data, dict) or not isinstance(data.get("format"), int):
         raise BundleError("manifest.json has no format number; is this a bundle of mdexport?")
@@ -202,6 +207,16 @@ def parse(raw: bytes) -> Manifest:
             f"the bundle has format {data['format']}, this mdruntime reads format {FORMAT}; "
             "install the mdruntime that belongs to the exporter, or export the bundle again"
         )
-    if data.get("digest") != _digest(data) or _encode(data) != raw:
+    if not _is_whole(data, raw):
         raise BundleError("manifest.json was altered (its digest differs); export the bundle again")
-    return from_json(Manifest, data)
+    manifest = from_json(Manifest, data)
+    if dump(manifest) != raw:
+        raise BundleError("manifest.json is not in canonical form; export the bundle again")
+    return manifest
+
+
+def _is_whole(data: dict[str, Any], raw: bytes) -> bool:
+    try:
+        return data.get("digest") == _digest(data) and _encode(data) == raw
+    except ValueError:  # NaN, infinity or half a character, none of which is ever written
+        return False

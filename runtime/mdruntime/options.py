@@ -1,20 +1,28 @@
-"""Command-line flags of the sampler: one for each field of ``Sampling``, spelled alike."""
+"""Command-line flags of the sampler, one for each field of ``Sampling``, and their checks."""
 
 import argparse
 from collections.abc import Callable
 from typing import Any
 
+from mdruntime.errors import SamplingError
 from mdruntime.guidance import GUIDANCE_SCHEDULES
+from mdruntime.images import check_target
 from mdruntime.order import HYBRID, ORDERS
 from mdruntime.schedule import SCHEDULES
 
-__all__ = ["add_sampling_flags", "labels", "sampling_changes"]
+__all__ = ["add_sampling_flags", "check_request", "columns", "labels", "sampling_changes"]
+
+_MOST_LABELS = 1_000_000  # more are a slip of the keyboard, and would fill the memory
 
 
 def _share(text: str) -> tuple[float, float]:
     """Read ``0.5`` or ``1:0``."""
     first, _, last = text.partition(":")
-    return float(first), float(last or first)
+    try:
+        return float(first), float(last or first)
+    except ValueError:
+        message = f"must be one number or two, such as 0.5 or 1:0, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 _Parser = Callable[[str], Any]
@@ -66,8 +74,40 @@ def labels(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
-            found += range(int(first), int(last) + 1) if dash and first else [int(part)]
-    except ValueError:
+            some = range(int(first), int(last) + 1) if dash and first else [int(part)]
+            if not 0 < len(some) <= _MOST_LABELS:
+                raise ValueError
+            found += some
+    except (ValueError, OverflowError):
         message = f"must be numbers such as 207 or 0-9,12, got {text!r}"
         raise argparse.ArgumentTypeError(message) from None
     return found
+
+
+def check_request(options: argparse.Namespace) -> None:
+    """Refuse what could only fail after the work is done.
+
+    Raises:
+        SamplingError: nothing to write, the same file twice, or a number out of range.
+    """
+    if options.output is None and options.animate is None:
+        raise SamplingError("nothing to write: pass -o FILE.png, or --animate FILE.gif")
+    if options.output == options.animate:
+        raise SamplingError(f"--output and --animate must differ, got {str(options.output)!r}")
+    for path, moving in ((options.output, False), (options.animate, True)):
+        if path is not None:
+            check_target(path, moving=moving)
+    for name, low, high in (
+        ("count", 1, _MOST_LABELS),
+        ("batch_size", 1, _MOST_LABELS),
+        ("columns", 0, _MOST_LABELS),
+        ("scale", 0, 256),
+    ):
+        value = getattr(options, name)
+        if not low <= value <= high:
+            raise SamplingError(f"{name} must be between {low} and {high}, got {value}")
+
+
+def columns(options: argparse.Namespace) -> int:
+    """Return images in a row; each label has a row of its own where it has several images."""
+    return options.columns or (options.count if options.count > 1 and options.labels else 0)

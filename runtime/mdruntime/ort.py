@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mdruntime.errors import BundleError, ProviderError
+from mdruntime.errors import BundleError, ProviderError, SamplingError
 from mdruntime.manifest import GraphSpec
 from mdruntime.session import Feeds, Outputs
 
@@ -52,6 +52,11 @@ def available_threads() -> int:
 
 
 def _open(path: Path, provider: str, threads: int) -> Any:
+    cores = os.cpu_count() or 1
+    if not 0 <= threads <= cores:  # more would only wait for each other, and spin meanwhile
+        raise SamplingError(
+            f"threads must be between 0 (as many as may be used) and {cores}, got {threads}"
+        )
     runtime = import_onnxruntime()
     name = _PROVIDERS[provider]
     found = runtime.get_available_providers()
@@ -66,7 +71,7 @@ def _open(path: Path, provider: str, threads: int) -> Any:
     try:
         session = runtime.InferenceSession(str(path), options, providers=[name])
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        raise BundleError(f"ONNX Runtime cannot load {path.name}: {_first_line(error)}") from None
+        raise _explained(f"ONNX Runtime cannot load {path.name}", error) from None
     used = session.get_providers()
     # A provider whose libraries are missing is replaced by the CPU's without an exception.
     if used[0] != name:
@@ -78,8 +83,12 @@ def _open(path: Path, provider: str, threads: int) -> Any:
     return session
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _explained(what: str, error: Exception) -> Exception:
+    """Return what to raise in place of an exception of ONNX Runtime."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    if any(word in str(error) for word in ("allocate memory", "bad_alloc", "bad allocation")):
+        return MemoryError(text)
+    return BundleError(f"{what}: {text}")
 
 
 class OrtSession:
@@ -112,6 +121,8 @@ class OrtSession:
 
     def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
         """Run the graph and return the outputs in ``fetch``, in host memory."""
+        if self._session is None:
+            raise BundleError("the pipeline is closed; load the bundle again")
         binding = self._session.io_binding()
         arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         for name, array in arrays.items():  # kept alive here: a binding does not own its memory
@@ -123,7 +134,7 @@ class OrtSession:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise BundleError(f"ONNX Runtime failed: {_first_line(error)}") from error
+            raise _explained("ONNX Runtime failed", error) from error
         results = binding.get_outputs()
         return {name: results[i].numpy() for i, name in enumerate(fetch)}
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mdruntime.bundle import Bundle, open_bundle
-from mdruntime.denoiser import HEADS, Denoiser
+from mdruntime.denoiser import HEADS, Denoiser, labels_of, tokens_of, whole
 from mdruntime.errors import SamplingError
 from mdruntime.manifest import Manifest
 from mdruntime.randomness import Randomness
@@ -21,7 +21,6 @@ __all__ = ["Images", "Pipeline", "load"]
 
 Images = NDArray[np.uint8]  # (batch, height, width, 3)
 
-_LARGEST_SEED = 2**64 - 1
 _HIDDEN_COLOUR = (72, 104, 168)
 
 
@@ -65,6 +64,7 @@ class Pipeline:
         self._denoiser = denoiser
         self._decoder = decoder
         self._head = head
+        self._runs = 0  # begun so far
 
     @property
     def manifest(self) -> Manifest:
@@ -140,15 +140,14 @@ class Pipeline:
         Raises:
             SamplingError: a label or an option is out of range.
         """
-        chosen = self._labels(labels, count)
+        chosen = labels_of(self.manifest.denoiser, labels, count)
         sampling = self.sampling(preset, **options)
-        if batch_size < 1:
-            raise SamplingError(f"batch_size must be at least 1, got {batch_size}")
-        images = []
-        for start in range(0, len(chosen), batch_size):
-            part = chosen[start : start + batch_size]
-            tokens = self._run(self._blank(len(part)), part, sampling, seed, first_index + start)
-            images.append(self.decode(tokens))
+        source = _randomness(seed, first_index, len(chosen))
+        images, size = [], whole("batch_size", batch_size, 1)
+        for start in range(0, len(chosen), size):
+            part = chosen[start : start + size]
+            some = source.take(range(start, start + len(part)))
+            images.append(self.decode(self._run(self._blank(len(part)), part, sampling, some)))
         return np.concatenate(images)
 
     def inpaint(
@@ -175,10 +174,10 @@ class Pipeline:
         Returns:
             uint8 (batch, height, width, 3).
         """
-        canvas = self._canvas(tokens)
-        chosen = self._labels(labels, len(canvas))
-        sampling = self.sampling(preset, **options)
-        return self.decode(self._run(canvas, chosen, sampling, seed, first_index))
+        canvas = tokens_of(self.manifest.denoiser, tokens)
+        chosen = self._labels(labels, canvas)
+        source = _randomness(seed, first_index, len(chosen))
+        return self.decode(self._run(canvas, chosen, self.sampling(preset, **options), source))
 
     def steps(
         self,
@@ -194,7 +193,8 @@ class Pipeline:
         """Generate like ``generate`` or ``inpaint``, yielding the canvas after every pass.
 
         Ends with all tokens revealed; ``decode(step.tokens)`` makes images of them, and
-        ``preview(step.tokens)`` of a canvas that still has hidden ones.
+        ``preview(step.tokens)`` of a canvas that still has hidden ones. A pipeline runs one
+        generation at a time: beginning another one ends this one, unless that one is a clone's.
 
         Args:
             labels: class of each image, or None.
@@ -205,84 +205,77 @@ class Pipeline:
             preset: name of a set of options in the bundle.
             options: fields of ``Sampling`` that differ from the preset's.
         """
-        canvas = None if tokens is None else self._canvas(tokens)
-        chosen = self._labels(labels, count if canvas is None else len(canvas))
-        if canvas is None:
+        spec = self.manifest.denoiser
+        if tokens is None:
+            chosen = labels_of(spec, labels, count)
             canvas = self._blank(len(chosen))
-        sampling = self.sampling(preset, **options)
-        return self._unmask(canvas, chosen, sampling, seed, first_index)
+        else:
+            canvas = tokens_of(spec, tokens)
+            chosen = self._labels(labels, canvas)
+        source = _randomness(seed, first_index, len(chosen))
+        return self._unmask(canvas, chosen, self.sampling(preset, **options), source)
 
     def decode(self, tokens: Tokens) -> Images:
         """Return the images uint8 (batch, height, width, 3) of tokens int (batch, length).
 
         One image at a time: decoders are bound by arithmetic, and their activations are large.
         """
-        ids = np.asarray(tokens, np.int32)
+        ids = tokens_of(self.manifest.denoiser, tokens)
+        if (ids == self.manifest.denoiser.mask_token).any():
+            raise SamplingError("tokens must not be hidden to be decoded; use preview instead")
         images = [self._decoder.run({"tokens": row[None]}, ["images"])["images"] for row in ids]
         return np.concatenate(images)
 
     def preview(self, tokens: Tokens) -> Images:
         """Return images of unfinished canvases: hidden tokens are blue."""
         spec, image = self.manifest.denoiser, self.manifest.image
-        hidden = np.asarray(tokens) == spec.mask_token
-        images = self.decode(np.where(hidden, 0, tokens).astype(np.int32)).copy()
+        ids = tokens_of(spec, tokens)
+        hidden = ids == spec.mask_token
+        images = self.decode(np.where(hidden, np.int32(0), ids)).copy()
         cells = hidden.reshape(-1, *spec.grid)
         cell = (image.height // spec.grid[0], image.width // spec.grid[1])
         images[cells.repeat(cell[0], axis=1).repeat(cell[1], axis=2)] = _HIDDEN_COLOUR
         return images
 
     def _run(
-        self, tokens: Tokens, labels: list[int], sampling: Sampling, seed: int, index: int
+        self, tokens: Tokens, labels: list[int], sampling: Sampling, source: Randomness
     ) -> Tokens:
-        for step in self._unmask(tokens, labels, sampling, seed, index):
+        for step in self._unmask(tokens, labels, sampling, source):
             tokens = step.tokens
         return tokens
 
     def _unmask(
-        self, tokens: Tokens, labels: list[int], sampling: Sampling, seed: int, index: int
+        self, tokens: Tokens, labels: list[int], sampling: Sampling, source: Randomness
     ) -> Iterator[Step]:
-        for name, value in (("seed", seed), ("first_index", index)):
-            if not 0 <= value <= _LARGEST_SEED:
-                raise SamplingError(f"{name} must be between 0 and 2**64 - 1, got {value}")
         spec = self.manifest.denoiser
         denoiser = Denoiser(self._denoiser, spec, labels, head=self._head)
         canvas = Canvas(spec.length, spec.grid, spec.mask_token)
-        randomness = Randomness(seed, range(index, index + len(labels)))
-        return unmask(denoiser, tokens, canvas, sampling, randomness)
+        return self._alone(unmask(denoiser, tokens, canvas, sampling, source))
+
+    def _alone(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """Pass steps on until another run begins: its keys and values are in the caches then."""
+        self._runs += 1
+        run = self._runs
+        for step in steps:
+            yield step
+            if step.hidden and run != self._runs:
+                raise SamplingError(
+                    "another generation began on this pipeline before this one was finished; "
+                    "finish one first, or run the other on a clone()"
+                )
 
     def _blank(self, batch: int) -> Tokens:
         spec = self.manifest.denoiser
         return np.full((batch, spec.length), spec.mask_token, np.int32)
 
-    def _labels(self, labels: Sequence[int] | None, count: int) -> list[int]:
-        classes = self.manifest.denoiser.classes
-        if labels is None:
-            if count < 1:
-                raise SamplingError(f"count must be at least 1, got {count}")
-            return [-1] * count
-        if classes == 0:
-            raise SamplingError(f"{self.manifest.name} has no classes; leave labels out")
-        if len(labels) == 0:
-            raise SamplingError("labels must not be empty")
-        for label in labels:
-            if not 0 <= label < classes:
-                raise SamplingError(f"labels must be between 0 and {classes - 1}, got {label}")
-        return [int(label) for label in labels]
+    def _labels(self, labels: Sequence[int] | None, canvas: Tokens) -> list[int]:
+        chosen = labels_of(self.manifest.denoiser, labels, len(canvas))
+        if len(chosen) != len(canvas):
+            raise SamplingError(f"labels must be {len(canvas)}, one per canvas, got {len(chosen)}")
+        return chosen
 
-    def _canvas(self, tokens: ArrayLike) -> Tokens:
-        spec = self.manifest.denoiser
-        given = np.asarray(tokens)
-        if given.ndim == 3 and given.shape[1:] == spec.grid:
-            given = given.reshape(len(given), -1)
-        if given.ndim != 2 or given.shape[1] != spec.length or len(given) == 0:
-            raise SamplingError(
-                f"tokens must have shape (batch, {spec.length}) or (batch, "
-                f"{', '.join(map(str, spec.grid))}), got {np.shape(tokens)}"
-            )
-        known = (given >= 0) & (given < spec.codebook) | (given == spec.mask_token)
-        if not np.issubdtype(given.dtype, np.integer) or not known.all():
-            raise SamplingError(
-                f"tokens must be integers from 0 to {spec.codebook - 1}, or the mask token "
-                f"{spec.mask_token} where hidden"
-            )
-        return given.astype(np.int32)
+
+def _randomness(seed: int, first_index: int, batch: int) -> Randomness:
+    first = whole("first_index", first_index)
+    whole("the index of the last sample", first + batch - 1)
+    return Randomness(whole("seed", seed), range(first, first + batch))

@@ -4,12 +4,13 @@ Only what manifests need: integers, numbers, strings, booleans, lists as tuples,
 dictionaries, and nested dataclasses.
 """
 
+import math
 import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
-from mdruntime.errors import BundleError
+from mdruntime.errors import BundleError, SamplingError
 
 __all__ = ["from_json", "to_json"]
 
@@ -17,7 +18,12 @@ Record = TypeVar("Record")
 
 
 def to_json(value: Any) -> Any:
-    """Return a record as dictionaries, lists and plain values."""
+    """Return a record as dictionaries, lists and plain values.
+
+    NaN and infinity, which JSON lacks, become texts.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if is_dataclass(value):
         return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, (tuple, list)):
@@ -75,9 +81,11 @@ def _read_record(kind: Any, data: Any, where: str) -> Any:
         words = [f"lacks {name!r}" for name in missing]
         words += [f"has the unknown field {name!r}" for name in unknown]
         raise BundleError(f"{where} {', '.join(words)}")
-    return kind(
-        **{name: _read(hints[name], item, f"{where}.{name}") for name, item in data.items()}
-    )
+    values = {name: _read(hints[name], item, f"{where}.{name}") for name, item in data.items()}
+    try:
+        return kind(**values)
+    except SamplingError as error:
+        raise BundleError(f"{where}: {error}; export the bundle again") from None
 
 
 def _read_tuple(arguments: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:

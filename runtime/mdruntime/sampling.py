@@ -10,7 +10,7 @@ from mdruntime.schedule import SCHEDULES
 
 __all__ = ["Sampling"]
 
-_RANGES = (  # field, kind, smallest and largest value
+_RANGES: tuple[tuple[str, type, float, float], ...] = (  # field, kind, smallest, largest
     ("rounds", int, 1, 4096),
     ("substeps", int, 1, 4096),
     ("refresh_interval", int, 1, 4096),
@@ -88,7 +88,7 @@ class Sampling:
         self._check_order()
 
     def _check_number(self, name: str, kind: type, low: float, high: float) -> None:
-        value = getattr(self, name)
+        value: Any = getattr(self, name)
         if not isinstance(value, (int, kind)) or isinstance(value, bool):
             what = "a whole number" if kind is int else "a number"
             raise SamplingError(f"{name} must be {what}, got {value!r}")

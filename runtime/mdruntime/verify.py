@@ -86,14 +86,22 @@ def write_passes(path: Path, passes: Sequence[Arrays]) -> None:
 
 def _read_passes(path: Path) -> list[dict[str, NDArray[Any]]]:
     passes: dict[str, dict[str, NDArray[Any]]] = {}
-    try:
-        with np.load(path) as arrays:
-            for key in arrays.files:
-                number, name = key.split(".", 1)
-                passes.setdefault(number, {})[name] = arrays[key]
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path.name} cannot be read: {error}") from None
+    for key, array in _read_arrays(path).items():
+        number, _, name = key.partition(".")
+        passes.setdefault(number, {})[name] = array
+    wanted = {*FEEDS, *Draws._fields, "columns", "logits"}
+    if not passes or any(wanted - set(one) for one in passes.values()):
+        raise BundleError(f"{path.name} holds no whole passes; export the bundle again")
     return [passes[number] for number in sorted(passes)]
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        # Opened here, because NumPy leaves a file open that it cannot read.
+        with path.open("rb") as file, np.load(file) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # a damaged file may raise anything
+        raise BundleError(f"{path.name} cannot be read ({error}); export it again") from None
 
 
 def verify(
@@ -150,8 +158,10 @@ def _worst(before: float, *differences: NDArray[np.floating]) -> float:
 
 
 def _compare_images(session: Session, path: Path) -> float:
-    with np.load(path) as arrays:
-        tokens, expected = arrays["tokens"], arrays["images"]
+    arrays = _read_arrays(path)
+    if not {"tokens", "images"} <= set(arrays):
+        raise BundleError(f"{path.name} lacks tokens or images; export the bundle again")
+    tokens, expected = arrays["tokens"], arrays["images"]
     found = session.run({"tokens": tokens}, ["images"])["images"]
     if found.shape != expected.shape:
         raise BundleError(f"the decoder returned {found.shape}, expected {expected.shape}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,11 @@ class Recompute:
         draws = self.full(
             replace(request, positions=None, tokens=self.canvas.copy(), uniforms=uniforms)
         ).draws
-        return Result(Draws(*(np.take_along_axis(found, positions, axis=1) for found in draws)))
+
+        def at_rows(values: NDArray[Any]) -> NDArray[Any]:
+            return np.take_along_axis(values, positions, axis=1)
+
+        return Result(Draws(*map(at_rows, draws)))
 
 
 class Listen:
