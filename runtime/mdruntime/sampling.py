@@ -88,8 +88,9 @@ class Sampling:
         self._check_order()
 
     def _check_number(self, name: str, kind: type, low: float, high: float) -> None:
-        value: Any = getattr(self, name)
-        if not isinstance(value, (int, kind)) or isinstance(value, bool):
+        value = getattr(self, name)
+        kinds = int if kind is int else (int, float)
+        if not isinstance(value, kinds) or isinstance(value, bool):
             what = "a whole number" if kind is int else "a number"
             raise SamplingError(f"{name} must be {what}, got {value!r}")
         if not low <= value <= high:
