@@ -1,8 +1,8 @@
 """Train the shipped ``digits`` denoiser: class-conditional 8x8 images of 17 grey levels.
 
 Command   python models/train_digits.py
-Time      about 25 minutes on 2 CPU cores; stops and resumes (--work holds the checkpoint)
-Result    models/mdzoo/weights/digits.safetensors (2.3 MB), losses in models/README.md
+Time      about 29 minutes on 2 CPU cores; stops and resumes (--work holds the checkpoint)
+Result    models/mdzoo/weights/digits.safetensors (2.4 MB), losses in models/README.md
 
 Data: scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" test set, 1,797
 images. Every fifth image of each class is held out, never trained on.
