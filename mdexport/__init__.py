@@ -4,7 +4,8 @@ for progress in mdexport.build(model, Path("bundle"), mdexport.Options(precision
     print(progress)
 """
 
-from mdexport.build import Model, Options, Progress, build
-from mdexport.denoiser import Decoder, Denoiser
+from mdexport.build import Options, Progress, build
+from mdexport.denoiser import Decoder, Denoiser, Encoder
+from mdexport.model import Model
 
-__all__ = ["Decoder", "Denoiser", "Model", "Options", "Progress", "build"]
+__all__ = ["Decoder", "Denoiser", "Encoder", "Model", "Options", "Progress", "build"]

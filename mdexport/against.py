@@ -1,14 +1,19 @@
 """Comparing a port with logits that the original code recorded."""
 
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mdexport.denoiser import Denoiser
 from mdruntime.errors import SamplingError
+from mdruntime.manifest import DenoiserSpec
 
 __all__ = ["TOLERANCE", "Comparison", "Recording", "compare", "read_recording"]
 
@@ -16,14 +21,27 @@ TOLERANCE = 1e-4  # largest absolute difference of a logit, where the recording 
 _BATCH = 8
 
 
+DIRECT = ("encoder_hidden_states", "pooled_text_emb", "micro_conds")
+"""What a recording of a text-to-image model may hold in the place of ``labels``: the inputs of its
+transformer, under their names in diffusers."""
+
+
+class DirectDenoiser(Protocol):
+    """A denoiser that can be asked without its text encoder."""
+
+    def direct(self, tokens: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return logits (batch, length, codebook) of tokens (batch, length) and ``DIRECT``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recording:
     """Inputs and outputs of the original code."""
 
     tokens: NDArray[np.int64]  # (batch, length)
-    labels: NDArray[np.int64]  # (batch,), -1 for a dropped or absent class
+    labels: NDArray[np.int64]  # (batch,), -1 for a dropped or absent class; or prompts (batch, n)
     logits: NDArray[np.floating]  # (batch, length, codebook), with or without the mask's column
     tolerance: float
+    direct: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)  # see ``DIRECT``
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +59,11 @@ class Comparison:
 
 
 def read_recording(path: Path) -> Recording:
-    """Read ``tokens``, ``labels``, ``logits`` and optionally ``tolerance`` from an npz file.
+    """Read a recording from an npz file.
+
+    It holds ``tokens`` and ``logits``, ``labels`` where the model has classes or reads prompts,
+    and optionally ``tolerance``. Tokens of an image may form a grid, and those of a position
+    (groups) stand last; logits may have the codebook's axis second, as convolutions return them.
 
     Raises:
         SamplingError: the file cannot be read, lacks an array, or their shapes do not fit.
@@ -49,19 +71,35 @@ def read_recording(path: Path) -> Recording:
     try:
         with np.load(path) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise SamplingError(f"{path.name} must be an .npz file of arrays: {error}") from None
-    missing = {"tokens", "labels", "logits"} - set(found)
+    missing = {"tokens", "logits"} - set(found)
     if missing:
         raise SamplingError(f"{path.name} lacks {', '.join(sorted(missing))}; found {list(found)}")
-    tokens, labels, logits = found["tokens"], found["labels"], found["logits"]
-    if tokens.ndim != 2 or labels.shape != tokens.shape[:1] or logits.shape[:-1] != tokens.shape:
+    tokens = np.asarray(found["tokens"])
+    logits = _flat_logits(tokens.shape, np.asarray(found["logits"]))
+    tokens = tokens.reshape(len(tokens), -1)
+    labels = np.asarray(found.get("labels", np.full(len(tokens), -1)))
+    if logits.shape[:-1] != tokens.shape or labels.shape[:1] != tokens.shape[:1]:
         raise SamplingError(
-            f"{path.name} must hold tokens [batch, length], labels [batch] and logits "
-            f"[batch, length, codebook], got {tokens.shape}, {labels.shape} and {logits.shape}"
+            f"{path.name} must hold tokens [batch, length], labels [batch] and logits [batch, "
+            f"length, codebook], got {np.shape(found['tokens'])}, {labels.shape} and "
+            f"{np.shape(found['logits'])}"
         )
-    tolerance = float(found.get("tolerance", np.float64(TOLERANCE)))
-    return Recording(tokens.astype(np.int64), labels.astype(np.int64), logits, tolerance)
+    return Recording(
+        tokens.astype(np.int64),
+        labels.astype(np.int64),
+        logits,
+        float(found.get("tolerance", np.float64(TOLERANCE))),
+        {name: found[name].astype(np.float32) for name in DIRECT if name in found},
+    )
+
+
+def _flat_logits(tokens: tuple[int, ...], logits: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return logits as (batch, length, codebook)."""
+    if len(tokens) > 2 and logits.ndim == len(tokens) + 1 and logits.shape[2:] == tokens[1:]:
+        logits = np.moveaxis(logits, 1, -1)
+    return logits.reshape(len(logits), -1, logits.shape[-1])
 
 
 def compare(denoiser: Denoiser, recording: Recording) -> Comparison:
@@ -74,15 +112,11 @@ def compare(denoiser: Denoiser, recording: Recording) -> Comparison:
     Raises:
         SamplingError: the recording belongs to a canvas or codebook of another size.
     """
-    spec = denoiser.spec
-    _check(recording, spec.length, spec.codebook, spec.mask_token, spec.classes)
+    _check(recording, denoiser.spec)
     worst, where = -1.0, (0, 0, 0)
     for start in range(0, len(recording.tokens), _BATCH):
         part = slice(start, start + _BATCH)
-        with torch.no_grad():
-            found = denoiser(
-                torch.from_numpy(recording.tokens[part]), torch.from_numpy(recording.labels[part])
-            ).numpy()
+        found = _logits(denoiser, recording, part)
         expected = recording.logits[part]
         difference = np.abs(found[..., : expected.shape[-1]] - expected)
         # NaN counts as the largest difference of all.
@@ -94,15 +128,30 @@ def compare(denoiser: Denoiser, recording: Recording) -> Comparison:
     return Comparison(worst, where, recording.tolerance, recording.logits.size)
 
 
-def _check(recording: Recording, length: int, codebook: int, mask: int, classes: int) -> None:
-    columns = recording.logits.shape[-1]
-    if recording.tokens.shape[1] != length or columns not in (codebook, codebook + 1):
+@torch.no_grad()
+def _logits(denoiser: Denoiser, recording: Recording, part: slice) -> NDArray[np.floating]:
+    tokens = torch.from_numpy(recording.tokens[part])
+    if not recording.direct:
+        return denoiser(tokens, torch.from_numpy(recording.labels[part])).numpy()
+    if not hasattr(denoiser, "direct"):
+        raise SamplingError(f"this model does not take {', '.join(recording.direct)}")
+    inputs = {name: torch.from_numpy(array[part]) for name, array in recording.direct.items()}
+    return cast(DirectDenoiser, denoiser).direct(tokens, inputs).numpy()
+
+
+def _check(recording: Recording, spec: DenoiserSpec) -> None:
+    columns, length = recording.logits.shape[-1], recording.tokens.shape[1]
+    fits = 0 < length <= spec.length if spec.flexible else length == spec.length
+    if not fits or columns < spec.codebook:
         raise SamplingError(
-            f"the model has {length} tokens and logits over {codebook} codes (or one more, the "
-            f"mask), the recording {recording.tokens.shape[1]} tokens and {columns} logits"
+            f"the model has {spec.length} tokens and logits over {spec.codebook} codes (or more: "
+            f"the mask), the recording {length} tokens and {columns} logits"
         )
     ids = recording.tokens
-    if ids.size == 0 or ids.min() < 0 or (ids[ids != mask] >= codebook).any():
-        raise SamplingError(f"tokens must be ids 0 to {codebook - 1}, or {mask} where hidden")
-    if recording.labels.min() < -1 or recording.labels.max() >= max(classes, 0):
-        raise SamplingError(f"labels must be -1 to {classes - 1}, got {recording.labels.tolist()}")
+    if ids.size == 0 or ids.min() < 0 or (ids[ids != spec.mask_token] >= columns).any():
+        raise SamplingError(
+            f"tokens must be ids 0 to {spec.codebook - 1}, or {spec.mask_token} where hidden"
+        )
+    labels = recording.labels
+    if labels.ndim == 1 and (labels.min() < -1 or labels.max() >= max(spec.classes, 0)):
+        raise SamplingError(f"labels must be -1 to {spec.classes - 1}, got {labels.tolist()}")

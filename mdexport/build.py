@@ -7,78 +7,44 @@ name is complete and verified, whatever happens in between.
 import platform
 import shutil
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from torch import nn
 
 import mdruntime
 from mdexport import spelling
-from mdexport.denoiser import Denoiser
 from mdexport.folder import prepare, publish, require_space
+from mdexport.model import Model
 from mdexport.precision import LIMITS, cast, dtype_of, float32_operators
-from mdexport.reference import record
+from mdexport.reference import conditioned, record, write_images
 from mdexport.report import write_report
-from mdexport.trace import OPSET, cache_names, tensor_specs, trace_decoder, trace_denoiser
+from mdexport.trace import (
+    OPSET,
+    cache_names,
+    tensor_specs,
+    trace_condition,
+    trace_decoder,
+    trace_denoiser,
+    trace_encoder,
+)
 from mdruntime.bundle import MANIFEST, file_spec, open_bundle
 from mdruntime.errors import VerificationError
 from mdruntime.manifest import (
     FORMAT,
     GraphSpec,
-    ImageSpec,
     Manifest,
     VerificationRecord,
-    WeightsSpec,
     dump,
 )
-from mdruntime.sampling import Sampling
-from mdruntime.verify import DECODER_VECTORS, DENOISER_VECTORS, Verification, verify, write_passes
+from mdruntime.verify import DENOISER_VECTORS, Verification, verify, write_passes
 
-__all__ = ["Model", "Options", "Progress", "build"]
+__all__ = ["Options", "Progress", "build"]
 
 _SMALLEST_BUCKET = 8
-
-
-class Model(Protocol):
-    """What is exported."""
-
-    @property
-    def name(self) -> str:
-        """As the catalogue has it."""
-
-    @property
-    def family(self) -> str:
-        """Models of one architecture."""
-
-    @property
-    def task(self) -> str:
-        """From what to what."""
-
-    @property
-    def denoiser(self) -> Denoiser:
-        """A module in float32."""
-
-    @property
-    def decoder(self) -> nn.Module:
-        """From int32 tokens (batch, length) to uint8 images (batch, height, width, 3)."""
-
-    @property
-    def image(self) -> ImageSpec:
-        """Size of the decoder's images."""
-
-    @property
-    def weights(self) -> WeightsSpec:
-        """Where the weights come from."""
-
-    @property
-    def presets(self) -> Mapping[str, Sampling]:
-        """Sets of sampler options; one is named ``default``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,25 +82,28 @@ class _Work:
 
     def reference(self) -> str:
         """Record the PyTorch model's answers along whole trajectories."""
+        model = self.model
         (self.folder / "verify").mkdir()
-        passes, self.tokens = record(self.model.denoiser, self.model.denoiser.spec)
+        passes, self.tokens = record(model.denoiser, model.prompt)
         write_passes(self.folder / DENOISER_VECTORS, passes)
-        with torch.no_grad():
-            images = self.model.decoder(torch.from_numpy(self.tokens)).numpy()
-        np.savez_compressed(self.folder / DECODER_VECTORS, tokens=self.tokens, images=images)
+        for name, content in model.files.items():
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        if model.decoder is not None:
+            write_images(self.folder, self.tokens, model.decoder, model.encoder)
         return f"{len(passes)} passes of the PyTorch model, 2 samples"
 
     def denoiser(self) -> str:
         """Trace the denoiser and write both of its spellings around one weight file."""
-        spec, precision = self.model.denoiser.spec, self.options.precision
-        half: Denoiser = cast(self.model.denoiser, precision)
-        graph = trace_denoiser(half, spec, dtype_of(precision))
+        half = cast(self.model.denoiser, self.options.precision)
+        graph = trace_denoiser(half, self.model.prompt)
         spelling.keep_softmax_in_float32(graph)
         path = self.folder / "denoiser.onnx"
         self.graphs["denoiser"] = replace(
             self._described(graph, path),
             spellings={"tensorrt": "denoiser.tensorrt.onnx"},
-            caches=cache_names(spec.layers),
+            caches=cache_names(self.model.denoiser),
         )
         _save(graph, path, "denoiser.weights")
         self._spell(path)
@@ -147,15 +116,42 @@ class _Work:
             spelling.drop_output(graph, "logits")
         ir.save(graph, self.folder / self.graphs["denoiser"].spellings["tensorrt"])
 
+    def condition(self) -> str:
+        """Trace what the denoiser computes once for a trajectory."""
+        half = cast(self.model.denoiser, self.options.precision)
+        return self._write("condition", trace_condition(half, self.model.prompt))
+
     def decoder(self) -> str:
         """Trace the decoder."""
-        spec = self.model.denoiser.spec
-        graph = trace_decoder(cast(self.model.decoder, self.options.precision), spec.length)
+        assert self.model.decoder is not None
+        half = cast(self.model.decoder, self.options.precision)
+        return self._write("decoder", trace_decoder(half, self.model.denoiser.spec.length))
+
+    def encoder(self) -> str:
+        """Trace the encoder."""
+        assert self.model.encoder is not None
+        assert self.model.image is not None
+        half = cast(self.model.encoder, self.options.precision)
+        return self._write("encoder", trace_encoder(half, self.model.image))
+
+    def _write(self, name: str, graph: ir.Model) -> str:
         spelling.keep_softmax_in_float32(graph)
-        path = self.folder / "decoder.onnx"
-        self.graphs["decoder"] = self._described(graph, path)
-        _save(graph, path, "decoder.weights")
-        return f"opset {OPSET}, {_size(self.folder, 'decoder')}"
+        path = self.folder / f"{name}.onnx"
+        self.graphs[name] = self._described(graph, path)
+        _save(graph, path, f"{name}.weights")
+        return f"opset {OPSET}, {_size(self.folder, name)}"
+
+    def steps(self) -> Iterator[tuple[str, Callable[[], str]]]:
+        """Yield the steps of the build by name."""
+        yield "reference", self.reference
+        yield "denoiser", self.denoiser
+        if conditioned(self.model.denoiser, self.model.prompt):
+            yield "condition", self.condition
+        if self.model.decoder is not None:
+            yield "decoder", self.decoder
+        if self.model.encoder is not None:
+            yield "encoder", self.encoder
+        yield "verify", self.verified
 
     def _described(self, graph: ir.Model, path: Path) -> GraphSpec:
         """Sign a graph and return what the manifest says of it."""
@@ -188,10 +184,7 @@ class _Work:
             )
         measured = self.result.measured
         self._write_manifest(measured)
-        return (
-            f"tokens {measured['token_agreement']:.2%} equal, log-probabilities within "
-            f"{measured['log_prob']:.1e}, decoder {_decibels(measured['psnr_db'])}"
-        )
+        return _verified(measured)
 
     def _write_manifest(self, measured: dict[str, float]) -> None:
         manifest = self._manifest(measured)
@@ -213,13 +206,15 @@ class _Work:
             weights=model.weights,
             denoiser=spec,
             image=model.image,
+            text=model.text,
+            prompt=model.prompt,
             graphs=self.graphs,
             buckets=_buckets(spec.canvas),
             presets=dict(model.presets),
             files={p.relative_to(self.folder).as_posix(): file_spec(p) for p in files},
             verification=VerificationRecord(
                 reference="PyTorch float32, teacher forced",
-                limits=LIMITS[self.options.precision],
+                limits=_limits(self.options.precision, measured),
                 measured=measured,
             ),
             toolchain=_toolchain(),
@@ -243,12 +238,7 @@ def build(model: Model, folder: Path, options: Options) -> Generator[Progress]:
     try:
         require_space(partial, _bytes(model, options.precision))
         work = _Work(model, partial, options)
-        steps = (
-            ("reference", work.reference),
-            ("denoiser", work.denoiser),
-            ("decoder", work.decoder),
-            ("verify", work.verified),
-        )
+        steps = list(work.steps())
         for number, (name, step) in enumerate(steps, start=1):
             yield Progress(number, len(steps), name)
             began = time.perf_counter()
@@ -259,10 +249,17 @@ def build(model: Model, folder: Path, options: Options) -> Generator[Progress]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _limits(precision: str, measured: Mapping[str, float]) -> dict[str, float]:
+    """Return the limits of what was measured, or of all that could be."""
+    limits = LIMITS[precision]
+    return {name: limits[name] for name in limits if name in measured or not measured}
+
+
 def _bytes(model: Model, precision: str) -> int:
     """Return the size of a model's weights in that precision."""
-    decoder = sum(tensor.numel() for tensor in model.decoder.parameters())
-    return (model.weights.parameters + decoder) * dtype_of(precision).itemsize
+    images = [part for part in (model.decoder, model.encoder) if part is not None]
+    others = sum(tensor.numel() for part in images for tensor in part.parameters())
+    return (model.weights.parameters + others) * dtype_of(precision).itemsize
 
 
 def _save(graph: ir.Model, path: Path, weights: str) -> None:
@@ -285,6 +282,17 @@ def _buckets(canvas: int) -> tuple[int, ...]:
 def _size(folder: Path, stem: str) -> str:
     total = sum(path.stat().st_size for path in folder.glob(f"{stem}*"))
     return f"{total / 1e6:.1f} MB"
+
+
+def _verified(measured: Mapping[str, float]) -> str:
+    """Return what was measured, as far as one line holds it."""
+    text = f"tokens {measured['token_agreement']:.2%} equal, "
+    text += f"log-probabilities within {measured['log_prob']:.1e}"
+    if "psnr_db" in measured:
+        text += f", decoder {_decibels(measured['psnr_db'])}"
+    if "encoder_agreement" in measured:
+        text += f", encoder {measured['encoder_agreement']:.2%}"
+    return text
 
 
 def _decibels(value: float) -> str:

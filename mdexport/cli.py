@@ -1,7 +1,6 @@
 """The command line of the workstation: ``mdexport build | verify | list | doctor``."""
 
 import contextlib
-import difflib
 import json
 import os
 import platform
@@ -17,8 +16,9 @@ import click
 
 import mdruntime
 import mdzoo
-from mdexport.against import Recording, compare, read_recording
+from mdexport.against import compare, read_recording
 from mdexport.build import Options, Progress, build
+from mdexport.cli_models import codebook, find, list_command, resolved, sources, wish
 from mdexport.precision import PRECISIONS
 from mdruntime import cli as device
 from mdruntime.doctor import examine
@@ -45,23 +45,16 @@ class _Settings(click.ParamType[tuple[str, int]]):
         return name, int(number)
 
 
-def _find(name: str) -> mdzoo.Entry:
-    """Return a model of the catalogue."""
-    if name in mdzoo.CATALOGUE:
-        return mdzoo.CATALOGUE[name]
-    near = difflib.get_close_matches(name, mdzoo.CATALOGUE, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(mdzoo.CATALOGUE)}"
-    raise click.UsageError(f"unknown model {name!r}; {hint} ('mdexport list' shows all)")
-
-
 _MODEL = click.option("-m", "--model", required=True, metavar="NAME", help="see: mdexport list")
-_CHECKPOINT = click.option("--checkpoint", type=click.Path(path_type=Path), help="weights")
+_CHECKPOINT = click.option(
+    "--checkpoint", metavar="PATH", help="weights: a file, a folder, or hub:owner/name[/file]"
+)
 _SET = click.option(
     "--set",
     "settings",
     type=_Settings(),
     multiple=True,
-    help="what a checkpoint's shapes cannot tell: heads, classes, codebook",
+    help="what a checkpoint's shapes cannot tell, such as heads",
 )
 
 
@@ -74,7 +67,12 @@ def cli() -> None:
 @cli.command("build")
 @_MODEL
 @_CHECKPOINT
-@click.option("--vqgan", type=click.Path(path_type=Path), help="weights of the image decoder")
+@click.option(
+    "--tokenizer",
+    "--vqgan",
+    metavar="PATH",
+    help="weights of the image tokenizer, or tokenizer.json of a text model",
+)
 @click.option(
     "--random-weights", type=click.IntRange(0), metavar="SEED", help="build without files"
 )
@@ -87,13 +85,13 @@ def cli() -> None:
 @click.option("--json", "as_json", is_flag=True, help="print JSON lines")
 def build_command(**options: Any) -> None:
     """Export a model, verify it, and write a bundle."""
-    entry = _find(options["model"])
+    entry = find(options["model"])
     precision = "fp16" if options["half"] else options["precision"]
     folder: Path = options["output"] or Path(f"{entry.name}-{precision}")
-    sources = _sources(entry, options)
+    given = sources(entry, options)
     import_onnxruntime()  # verification needs it: say so now rather than minutes later
     say = _json_line if options["as_json"] else _step_line
-    model = mdzoo.load(entry, sources)
+    model = mdzoo.load(entry, given)
     if not options["as_json"]:
         click.echo(f"{entry.name}, {precision}: {model.weights.summary}")
     made = Options(precision=precision, logits=options["logits"], force=options["force"])
@@ -101,29 +99,6 @@ def build_command(**options: Any) -> None:
         for progress in steps:
             say(progress)
     _say_done(entry, folder, options["as_json"])
-
-
-def _sources(entry: mdzoo.Entry, options: dict[str, Any]) -> mdzoo.Sources:
-    """Return where the weights come from, or say which files to get."""
-    given = {"--checkpoint": options["checkpoint"], "--vqgan": options["vqgan"]}
-    if options["random_weights"] is None:
-        absent = [name for name in entry.files if given[name] is None]
-        if absent:
-            wanted = "".join(f"\n  {name} FILE   {where}" for name, where in entry.files.items())
-            raise click.UsageError(
-                f"{entry.name} needs {' and '.join(absent)}. Its files are published at{wanted}\n"
-                "Without files: --random-weights 0 builds all of it, to measure and to test."
-            )
-    elif any(given.values()):
-        raise click.UsageError(
-            "--random-weights takes no files; leave --checkpoint and --vqgan out"
-        )
-    return mdzoo.Sources(
-        checkpoint=options["checkpoint"],
-        vqgan=options["vqgan"],
-        random_seed=options["random_weights"],
-        settings=dict(options["settings"]),
-    )
 
 
 def _step_line(progress: Progress) -> None:
@@ -147,10 +122,9 @@ def _say_done(entry: mdzoo.Entry, folder: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"bundle": str(folder), "bytes": size}))
         return
-    label = min(207, entry.config.classes - 1)
     target = shlex.quote(str(folder))
     click.echo(f"verified: {folder} ({size / 1e6:.1f} MB). Next:")
-    click.echo(f"  mdruntime generate {target} --labels {label} --seed 0 -o {entry.name}.png")
+    click.echo(f"  mdruntime generate {target} {wish(entry)} --seed 0")
 
 
 @cli.command("verify")
@@ -175,13 +149,13 @@ def verify_command(bundle: Path | None, **options: Any) -> int:
         return device.run(device.parse_args(arguments))
     if options["model"] is None or options["against"] is None:
         raise click.UsageError("pass a BUNDLE, or --model NAME --checkpoint FILE --against FILE")
-    entry = _find(options["model"])
+    entry = find(options["model"])
     if entry.files and options["checkpoint"] is None:
         raise click.UsageError(f"{entry.name} needs --checkpoint FILE ('mdexport list' says where)")
     recording = read_recording(options["against"])
-    settings = {**_codebook(entry, recording), **dict(options["settings"])}
-    sources = mdzoo.Sources(checkpoint=options["checkpoint"], settings=settings)
-    result = compare(mdzoo.load_denoiser(entry, sources), recording)
+    settings = {**codebook(entry, recording), **dict(options["settings"])}
+    given = mdzoo.Sources(checkpoint=resolved(options["checkpoint"]), settings=settings)
+    result = compare(mdzoo.load_denoiser(entry, given), recording)
     if options["as_json"]:
         click.echo(json.dumps({**to_json(result), "ok": bool(result)}))
     else:
@@ -194,54 +168,7 @@ def verify_command(bundle: Path | None, **options: Any) -> int:
     return 0
 
 
-def _codebook(entry: mdzoo.Entry, recording: Recording) -> dict[str, int]:
-    """Return a setting that shapes cannot tell, but recorded logits can: codes, not classes."""
-    columns, largest = recording.logits.shape[-1], int(recording.tokens.max(initial=0))
-    if largest < columns in (entry.config.codebook, entry.config.codebook + 1):
-        return {}
-    return {"codebook": columns if largest == columns else columns - 1}
-
-
-def model_table() -> str:
-    """Return the catalogue as the README's Markdown table."""
-    rows = [
-        ("name", "task", "denoiser", "files", "licence"),
-        ("---", "---", "---", "---", "---"),
-        *(
-            (
-                f"`{entry.name}`",
-                f"{entry.task}: {entry.summary}",
-                f"{entry.parameters / 1e6:.1f} M",
-                "<br>".join(f"`{option}` {where}" for option, where in entry.files.items())
-                or "included",
-                entry.licence,
-            )
-            for entry in mdzoo.CATALOGUE.values()
-        ),
-    ]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-@cli.command("list")
-@click.option("--json", "as_json", is_flag=True, help="print JSON")
-@click.option("--markdown", is_flag=True, help="print the README's table")
-def list_command(as_json: bool, markdown: bool) -> None:
-    """Show the models, their sizes, and the files they need."""
-    if markdown:
-        click.echo(model_table(), nl=False)
-        return
-    for entry in mdzoo.CATALOGUE.values():
-        parameters = entry.parameters
-        if as_json:
-            facts = {"name": entry.name, "task": entry.task, "parameters": parameters}
-            click.echo(json.dumps({**facts, "files": dict(entry.files), "licence": entry.licence}))
-            continue
-        click.echo(f"{entry.name:12} {entry.summary}")
-        click.echo(f"{'':12} {entry.task}; {parameters / 1e6:.1f} M parameters; {entry.licence}")
-        for option, where in entry.files.items():
-            click.echo(f"{'':12} {option:12} {where}")
-        if not entry.files:
-            click.echo(f"{'':12} weights are included")
+cli.add_command(list_command)
 
 
 @cli.command("doctor")

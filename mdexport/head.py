@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["OUTPUTS", "draw", "guided"]
 
-OUTPUTS = ("sampled", "log_moment", "log_prob", "entropy", "top", "margin")
+OUTPUTS = ("sampled", "log_moment", "log_prob", "entropy", "top", "margin", "log_normaliser")
 
 _LOWEST = -1e30  # times p = 0 it is 0, where minus infinity would be NaN
 
@@ -41,7 +41,8 @@ def draw(logits: Tensor, controls: Mapping[str, Tensor], uniforms: Tensor) -> di
     Returns:
         ``OUTPUTS``, (batch, m) each; ``sampled`` is int32, the others float32.
     """
-    log_p = torch.log_softmax(logits / controls["temperature"][:, None, None], dim=-1)
+    scaled = logits / controls["temperature"][:, None, None]
+    log_p = torch.log_softmax(scaled, dim=-1)
     p = log_p.exp()
     sampled = _invert_cdf(_powered(log_p, controls["token_beta"]), uniforms)
     two = torch.topk(p, 2, dim=-1).values
@@ -52,6 +53,8 @@ def draw(logits: Tensor, controls: Mapping[str, Tensor], uniforms: Tensor) -> di
         "entropy": -(p * log_p.clamp(min=_LOWEST)).sum(-1),
         "top": two[..., 0],
         "margin": two[..., 0] - two[..., 1],
+        # By which the logit of any token, here the largest, exceeds its log-probability.
+        "log_normaliser": scaled.amax(-1) - log_p.amax(-1),
     }
 
 

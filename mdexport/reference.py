@@ -6,31 +6,36 @@ caches that the passes before left behind.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdexport.denoiser import Denoiser, DenoiserGraph
 from mdexport.head import OUTPUTS
+from mdruntime.conditions import Conditions
+from mdruntime.denoiser import CONDITION, VISIBLE, Condition
 from mdruntime.denoiser import Denoiser as Runner
 from mdruntime.errors import VerificationError
 from mdruntime.head import Controls
-from mdruntime.manifest import DenoiserSpec
+from mdruntime.layout import Layout
+from mdruntime.manifest import DenoiserSpec, PromptSpec
 from mdruntime.randomness import Purpose, Randomness
 from mdruntime.sampler import Canvas, Pass, unmask
 from mdruntime.sampling import Sampling
 from mdruntime.session import Feeds, Outputs
-from mdruntime.verify import FEEDS
+from mdruntime.verify import CONDITIONED, DECODER_VECTORS, ENCODER_VECTORS
 
-__all__ = ["FORWARD_TOLERANCE", "TorchSession", "record"]
+__all__ = ["FORWARD_TOLERANCE", "TorchSession", "conditioned", "record", "write_images"]
 
 MASK_RATIOS = (1.0, 0.75, 0.5, 0.25, 0.0)
 FORWARD_TOLERANCE = 1e-4  # cached pass against the model's own forward, in logits
 _COLUMNS = 4  # of every pass whose logits are kept
 _SEED = 20250510
+_LONGEST = 128  # tokens of the recorded canvas where its length is free
 
 
 class TorchSession:
@@ -38,47 +43,112 @@ class TorchSession:
 
     provider = "torch"
 
-    def __init__(self, denoiser: Denoiser, spec: DenoiserSpec) -> None:
-        """Take a denoiser in float32."""
-        self._graph = DenoiserGraph(denoiser).eval()
-        self._spec = spec
+    def __init__(self, denoiser: Denoiser, inputs: NDArray[np.int32] | None = None) -> None:
+        """Take a denoiser in float32.
+
+        Args:
+            denoiser: to be run.
+            inputs: of the condition graph, for the rows of every pass to come: those of
+                conditional rows, then those of unconditional ones.
+        """
+        self._denoiser = denoiser
+        self._inputs = inputs
+        self._canvas = 0
         self._caches: list[Tensor] = []
         self.passes: list[dict[str, NDArray[Any]]] = []
+
+    def start(self, canvas: int) -> None:
+        """Begin with empty caches for this many rows of the canvas."""
+        self._canvas, self._caches = canvas, []
 
     @torch.no_grad()
     def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
         """Run a pass and record it."""
-        spec, rows = self._spec, len(feeds["tokens"])
-        if feeds["tokens"].shape[1] == spec.canvas:
-            shape = (rows, spec.heads, spec.canvas, spec.head_size)
-            self._caches = [torch.zeros(shape) for _ in range(2 * spec.layers)]
-        inputs = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in FEEDS]
-        outputs = self._graph(*inputs, self._caches)
+        started = 0 if self._caches else self._canvas
+        if started:
+            empty = self._denoiser.empty_caches(len(feeds["tokens"]), self._canvas)
+            self._caches = list(empty.values())
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in feeds.items()}
+        extras = {name: tensors.pop(name) for name in list(tensors) if _is_extra(name)}
+        graph = DenoiserGraph(self._denoiser, [name.removeprefix(CONDITION) for name in extras])
+        outputs = graph(**tensors, extras=list(extras.values()), caches=self._caches)
         draws, self._caches = outputs[: len(OUTPUTS)], list(outputs[len(OUTPUTS) : -1])
         found = {name: value.numpy() for name, value in zip(OUTPUTS, draws, strict=True)}
         logits = outputs[-1].numpy()
-        columns = np.unique(np.linspace(0, logits.shape[1] - 1, _COLUMNS).astype(np.int64))
-        kept = {"columns": columns, "logits": logits[:, columns]}
-        self.passes.append({**{name: feeds[name] for name in FEEDS}, **found, **kept})
+        self._record({**feeds, "canvas": np.int64(started)}, found, logits)
         return {name: {**found, "logits": logits}[name] for name in fetch}
+
+    def _record(self, feeds: dict[str, Any], found: Outputs, logits: NDArray[Any]) -> None:
+        shown = np.unique(np.linspace(0, logits.shape[1] - 1, _COLUMNS).astype(np.int64))
+        one = {name: array for name, array in feeds.items() if not name.startswith(CONDITION)}
+        one |= {**found, "shown": shown, "logits": logits[:, shown]}
+        if self._inputs is not None:
+            one[CONDITIONED] = self._inputs[: len(feeds["tokens"])]
+        self.passes.append(one)
 
     def clone(self) -> "TorchSession":
         """Return a session on the same weights."""
-        return TorchSession(self._graph.denoiser, self._spec)
+        return TorchSession(self._denoiser, self._inputs)
 
     def close(self) -> None:
         """Drop the caches."""
         self._caches = []
 
 
+def write_images(
+    folder: Path, tokens: NDArray[np.int32], decoder: nn.Module, encoder: nn.Module | None
+) -> None:
+    """Write images that the decoder makes of tokens, and tokens the encoder makes of images."""
+    with torch.no_grad():
+        images = decoder(torch.from_numpy(tokens))
+        np.savez_compressed(folder / DECODER_VECTORS, tokens=tokens, images=images.numpy())
+        if encoder is not None:
+            found = encoder(images).numpy()
+            np.savez_compressed(folder / ENCODER_VECTORS, images=images.numpy(), tokens=found)
+
+
+def conditioned(denoiser: Denoiser, prompt: PromptSpec | None) -> bool:
+    """Return whether a denoiser has a condition graph."""
+    return _conditioner(denoiser, _conditions(denoiser.spec, prompt).inputs()) is not None
+
+
+def _is_extra(name: str) -> bool:
+    return name == VISIBLE or name.startswith(CONDITION)
+
+
+def _conditioner(denoiser: Denoiser, inputs: NDArray[np.int32]) -> Condition | None:
+    """Return the denoiser's conditions as the runtime wants them, if it has any."""
+
+    @torch.no_grad()
+    def run(rows: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
+        found = denoiser.condition(torch.from_numpy(rows))
+        return {name: tensor.numpy() for name, tensor in found.items()}
+
+    return run if run(inputs[:1]) else None
+
+
+def _conditions(spec: DenoiserSpec, prompt: PromptSpec | None) -> Conditions:
+    """Return two samples' conditions: the first and the last class, or made-up prompts."""
+    labels = np.array([0, spec.classes - 1] if spec.classes else [-1, -1])
+    if prompt is None:
+        return Conditions(labels)
+    random = np.random.default_rng(_SEED)
+    words = random.integers(0, prompt.begin, (2, prompt.length), dtype=np.int32)
+    words[:, 0], words[:, prompt.length // 2 :] = prompt.begin, prompt.pad
+    words[:, prompt.length // 2] = prompt.end
+    nothing = np.full((2, prompt.length), prompt.pad, np.int32)
+    nothing[:, 0], nothing[:, 1] = prompt.begin, prompt.end
+    return Conditions(labels, words, nothing)
+
+
 def record(
-    denoiser: Denoiser, spec: DenoiserSpec
+    denoiser: Denoiser, prompt: PromptSpec | None = None
 ) -> tuple[list[dict[str, NDArray[Any]]], NDArray[np.int32]]:
     """Record a guided trajectory with partial caching, and passes at fixed mask ratios.
 
     Args:
         denoiser: satisfies ``mdexport.Denoiser``, in float32.
-        spec: its canvas.
+        prompt: what its condition graph reads, where that is text.
 
     Returns:
         The recorded passes, and the trajectory's tokens int32 (batch, length).
@@ -86,30 +156,33 @@ def record(
     Raises:
         VerificationError: the cached pass is not the model's own forward pass.
     """
-    session = TorchSession(denoiser, spec)
-    labels = [0, spec.classes - 1] if spec.classes else [-1, -1]
-    runner = Runner(session, spec, labels)
-    tokens = _trajectory(runner, spec)
+    spec, conditions = denoiser.spec, _conditions(denoiser.spec, prompt)
+    condition = _conditioner(denoiser, conditions.inputs())
+    session = TorchSession(denoiser, None if condition is None else conditions.inputs())
+    runner = Runner(session, spec, conditions, condition=condition)
+    length = min(spec.length, _LONGEST) if spec.flexible else spec.length
+    tokens = _trajectory(runner, spec, length)
     for number, ratio in enumerate(MASK_RATIOS):
         canvas = _hide(tokens, spec, ratio, number)
-        for request in _full_and_partial(canvas, spec, number):
+        for request in _full_and_partial(canvas, number):
             runner(request)
-        _check_forward(denoiser, spec, session, canvas, labels)
+        _check_forward(denoiser, session, canvas, conditions)
     return session.passes, tokens
 
 
-def _trajectory(runner: Runner, spec: DenoiserSpec) -> NDArray[np.int32]:
+def _trajectory(runner: Runner, spec: DenoiserSpec, length: int) -> NDArray[np.int32]:
     sampling = Sampling(
-        rounds=min(4, spec.length),
+        rounds=min(4, length),
         order="hybrid",
         exploration=(1.0, 0.0),
         substeps=2,
         refresh="recent",
-        guidance=1.0 if spec.classes else 0.0,
+        guidance=1.0,
         guidance_interval=(0.0, 0.5),
     )
-    canvas = Canvas(spec.length, spec.grid, spec.mask_token)
-    tokens = np.full((2, spec.length), spec.mask_token, np.int32)
+    grid = spec.grid if length == spec.length else (length,)
+    canvas = Canvas(length, grid, spec.mask_token)
+    tokens = np.full((2, length), spec.mask_token, np.int32)
     for step in unmask(runner, tokens, canvas, sampling, Randomness(_SEED, range(2))):
         tokens = step.tokens
     return tokens
@@ -118,42 +191,43 @@ def _trajectory(runner: Runner, spec: DenoiserSpec) -> NDArray[np.int32]:
 def _hide(
     tokens: NDArray[np.int32], spec: DenoiserSpec, ratio: float, number: int
 ) -> NDArray[np.int32]:
-    bits = Randomness(_SEED, range(len(tokens))).bits(Purpose.PERMUTATION, number, spec.length)
+    length = tokens.shape[1]
+    bits = Randomness(_SEED, range(len(tokens))).bits(Purpose.PERMUTATION, number, length)
     rank = bits.argsort(axis=1).argsort(axis=1)
-    return np.where(rank < round(ratio * spec.length), np.int32(spec.mask_token), tokens)
+    return np.where(rank < round(ratio * length), np.int32(spec.mask_token), tokens)
 
 
-def _full_and_partial(canvas: NDArray[np.int32], spec: DenoiserSpec, number: int) -> Iterator[Pass]:
+def _full_and_partial(canvas: NDArray[np.int32], number: int) -> Iterator[Pass]:
     """Yield a full pass without guidance, then a partial pass over an eighth of the canvas."""
-    batch = len(canvas)
+    batch, length = canvas.shape
     source = Randomness(_SEED + 1 + number, range(batch))
-    uniforms = source.uniforms(Purpose.TOKEN, 0, spec.length)
+    uniforms = source.uniforms(Purpose.TOKEN, 0, length)
     ones = np.ones(batch, np.float32)
     controls = Controls(0 * ones, ones, 1.25 * ones, 1.25 * ones)
-    samples = np.arange(batch)
-    yield Pass(samples, None, canvas, controls, uniforms, False)
-    bits = source.bits(Purpose.PERMUTATION, 0, spec.length)
-    positions = bits.argsort(axis=1)[:, : max(1, spec.length // 8)]
+    samples, everywhere = np.arange(batch), np.tile(np.arange(length), (batch, 1))
+    yield Pass(samples, None, canvas, everywhere, controls, uniforms, False)
+    bits = source.bits(Purpose.PERMUTATION, 0, length)
+    positions = bits.argsort(axis=1)[:, : max(2, length // 8)]
+    wanted = positions[:, : (1 + positions.shape[1]) // 2]
     rows = np.take_along_axis(canvas, positions, axis=1)
-    numbers = np.take_along_axis(uniforms, positions, axis=1)
-    yield Pass(samples, positions, rows, controls, numbers, False)
+    numbers = np.take_along_axis(uniforms, wanted, axis=1)
+    yield Pass(samples, positions, rows, wanted, controls, numbers, False)
 
 
 @torch.no_grad()
 def _check_forward(
     denoiser: Denoiser,
-    spec: DenoiserSpec,
     session: TorchSession,
     canvas: NDArray[np.int32],
-    labels: list[int],
+    conditions: Conditions,
 ) -> None:
     """Compare the last full pass with the model's own forward pass, which knows no cache."""
-    plain = denoiser(torch.from_numpy(canvas).long(), torch.tensor(labels))
+    spec, inputs = denoiser.spec, conditions.inputs()[: len(canvas)]
+    plain = denoiser(torch.from_numpy(canvas).long(), torch.from_numpy(inputs).long())
     cached = session.passes[-2]
-    columns = cached["columns"]
-    inside = (columns >= spec.first) & (columns < spec.first + spec.length)
-    expected = plain[:, columns[inside] - spec.first, : spec.codebook].numpy()
-    worst = float(np.abs(cached["logits"][:, inside] - expected).max())
+    order = Layout(spec, canvas.shape[1]).tokens_of_row.ravel()
+    expected = plain[:, order[cached["shown"]], : spec.codebook].numpy()
+    worst = float(np.abs(cached["logits"] - expected).max())
     if not worst <= FORWARD_TOLERANCE:
         raise VerificationError(
             f"the denoiser's step() differs from its forward() by {worst:.3g} in the logits "

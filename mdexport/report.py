@@ -11,6 +11,7 @@ _MEANING = {
     "log_prob": "largest difference of a log-probability, nats",
     "score": "largest difference of a moment, entropy, probability or margin",
     "token_agreement": "share of drawn tokens that are equal",
+    "encoder_agreement": "share of the encoder's tokens that are equal",
     "psnr_db": "decoder's peak signal-to-noise ratio, dB (200: all pixels are equal)",
 }
 
@@ -35,7 +36,7 @@ def _text(manifest: Manifest) -> str:
         ("weights", manifest.weights.summary),
         ("parameters", f"{manifest.weights.parameters / 1e6:.2f} M in the denoiser"),
         ("canvas", f"{' x '.join(map(str, spec.grid))} tokens of {spec.codebook} codes"),
-        ("caches", f"{spec.layers} layers, {spec.heads} heads of {spec.head_size}"),
+        ("caches", f"{len(manifest.graphs['denoiser'].caches)} of {spec.canvas} rows"),
         ("toolchain", ", ".join(f"{name} {number}" for name, number in manifest.toolchain.items())),
     ]
     return "\n".join(

@@ -9,68 +9,103 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim
 
-from mdexport.denoiser import Denoiser, DenoiserGraph
+from mdexport.denoiser import VISIBLE, ConditionGraph, Denoiser, DenoiserGraph
 from mdexport.head import OUTPUTS
-from mdruntime.manifest import DenoiserSpec, TensorSpec
+from mdruntime.denoiser import CONDITION
+from mdruntime.manifest import ImageSpec, PromptSpec, TensorSpec
 
-__all__ = ["OPSET", "cache_names", "tensor_specs", "trace_decoder", "trace_denoiser"]
+__all__ = [
+    "OPSET",
+    "cache_names",
+    "tensor_specs",
+    "trace_condition",
+    "trace_decoder",
+    "trace_denoiser",
+    "trace_encoder",
+]
 
 OPSET = 23  # the first with the Attention operator
 _MOST_ROWS = 4096
 _SAMPLES = 2  # of the example inputs; any number but 1, which would be taken for a constant
 _COLUMNS = 3
+_WANTED = 2
 
 
-def cache_names(layers: int) -> tuple[tuple[str, str], ...]:
-    """Return (input, output) names of every cache: key and value of layer 0, of layer 1, ..."""
-    return tuple(
-        (f"past.{layer}.{part}", f"present.{layer}.{part}")
-        for layer in range(layers)
-        for part in ("key", "value")
-    )
+def cache_names(denoiser: Denoiser) -> tuple[tuple[str, str], ...]:
+    """Return (input, output) names of every cache."""
+    return tuple((f"past.{name}", f"present.{name}") for name in denoiser.empty_caches(1, 1))
 
 
-def example_inputs(spec: DenoiserSpec, dtype: torch.dtype) -> dict[str, Any]:
+def _example_labels(denoiser: Denoiser, rows: int, prompt: PromptSpec | None) -> Tensor:
+    if prompt is None:
+        return torch.zeros(rows, dtype=torch.int32)
+    return torch.full((rows, prompt.length), prompt.end, dtype=torch.int32)
+
+
+def example_inputs(denoiser: Denoiser, prompt: PromptSpec | None) -> dict[str, Any]:
     """Return inputs of a partial pass over ``_SAMPLES`` guided samples."""
-    rows, batch, m = 2 * _SAMPLES, _SAMPLES, _COLUMNS
-    cache = (rows, spec.heads, spec.canvas, spec.head_size)
+    spec = denoiser.spec
+    rows, batch, m, k = 2 * _SAMPLES, _SAMPLES, _COLUMNS, _WANTED
+    with torch.no_grad():
+        extras = denoiser.condition(_example_labels(denoiser, rows, prompt))
+    if spec.visible:
+        extras[VISIBLE] = torch.arange(_WANTED, dtype=torch.int32).repeat(rows, 1)
     return {
-        "tokens": torch.zeros(rows, m, dtype=torch.int32),
+        "tokens": torch.zeros(rows, m * spec.slots, dtype=torch.int32),
         "positions": torch.arange(m, dtype=torch.int32).repeat(rows, 1),
+        "columns": torch.arange(k, dtype=torch.int32).repeat(rows, 1),
         "conditional": torch.arange(batch, dtype=torch.int32),
         "unconditional": torch.arange(batch, rows, dtype=torch.int32),
         **{name: torch.ones(batch) for name in ("guidance", "temperature", "beta", "token_beta")},
-        "uniforms": torch.zeros(batch, m),
-        "caches": [torch.zeros(cache, dtype=dtype) for _ in range(2 * spec.layers)],
+        "uniforms": torch.zeros(batch, k * spec.slots),
+        "extras": extras,
+        "caches": list(denoiser.empty_caches(rows, spec.canvas).values()),
     }
 
 
-def trace_denoiser(denoiser: Denoiser, spec: DenoiserSpec, dtype: torch.dtype) -> ir.Model:
+def trace_denoiser(denoiser: Denoiser, prompt: PromptSpec | None) -> ir.Model:
     """Trace a denoiser with its sampler head.
 
     Args:
-        denoiser: satisfies ``mdexport.Denoiser``; its weights have ``dtype``.
-        spec: its canvas.
-        dtype: of the K/V caches.
+        denoiser: satisfies ``mdexport.Denoiser``, in the precision of the graph.
+        prompt: what its condition graph reads, where that is text.
     """
-    rows, m = Dim("rows", min=1, max=_MOST_ROWS), Dim("m", min=1, max=_MOST_ROWS)
+    spec, inputs = denoiser.spec, example_inputs(denoiser, prompt)
+    rows, m, k = (Dim(name, min=1, max=_MOST_ROWS) for name in ("rows", "m", "k"))
     batch = Dim("batch", min=1, max=_MOST_ROWS)
+    extras = inputs["extras"]
+    seen = {VISIBLE: {0: rows, 1: Dim("v", min=1, max=_MOST_ROWS)}}
+    canvas = {2: Dim("canvas", min=1, max=_MOST_ROWS)} if spec.flexible else {}
     free: dict[str, Any] = {
-        "tokens": {0: rows, 1: m},
+        "tokens": {0: rows, 1: m * spec.slots if spec.slots > 1 else m},
         "positions": {0: rows, 1: m},
-        "uniforms": {0: batch, 1: m},
-        "caches": [{0: rows}] * (2 * spec.layers),
+        "columns": {0: rows, 1: k},
+        "uniforms": {0: batch, 1: k * spec.slots if spec.slots > 1 else k},
+        "extras": [seen.get(name, {0: rows}) for name in extras],
+        "caches": [{0: rows, **canvas}] * len(inputs["caches"]),
     }
-    inputs = example_inputs(spec, dtype)
     axes = {name: free.get(name, {0: batch}) for name in inputs}  # matched by order, not by name
-    model = _export(DenoiserGraph(denoiser), inputs, axes)
-    caches = cache_names(spec.layers)
-    before, after = [name for name, _ in caches], [name for _, name in caches]
-    _rename(model.graph.inputs[-len(before) :], before)
+    names = list(extras)
+    model = _export(DenoiserGraph(denoiser, names), {**inputs, "extras": [*extras.values()]}, axes)
+    before, after = zip(*cache_names(denoiser), strict=True)
+    given = [name if name == VISIBLE else CONDITION + name for name in names]
+    _rename(model.graph.inputs[-len(before) - len(given) :], [*given, *before])
     _rename(model.graph.outputs, [*OUTPUTS, *after, "logits"])
+    return model
+
+
+def trace_condition(denoiser: Denoiser, prompt: PromptSpec | None) -> ir.Model:
+    """Trace what a denoiser computes once for a trajectory, from its labels or prompts."""
+    labels = _example_labels(denoiser, _SAMPLES, prompt)
+    with torch.no_grad():
+        names = list(denoiser.condition(labels))
+    rows = Dim("rows", min=1, max=_MOST_ROWS)
+    model = _export(ConditionGraph(denoiser), {"labels": labels}, {"labels": {0: rows}})
+    _rename(model.graph.inputs, ["labels" if prompt is None else "prompt"])
+    _rename(model.graph.outputs, names)
     return model
 
 
@@ -80,6 +115,16 @@ def trace_decoder(decoder: nn.Module, length: int) -> ir.Model:
     inputs = {"tokens": torch.zeros(_SAMPLES, length, dtype=torch.int32)}
     model = _export(decoder, inputs, {"tokens": {0: batch}})
     _rename(model.graph.outputs, ["images"])
+    return model
+
+
+def trace_encoder(encoder: nn.Module, image: ImageSpec) -> ir.Model:
+    """Trace an encoder from uint8 images (batch, height, width, 3) to int32 tokens."""
+    shape = (_SAMPLES, image.height, image.width, 3)
+    batch = Dim("batch", min=1, max=_MOST_ROWS)
+    inputs = {"images": torch.zeros(shape, dtype=torch.uint8)}
+    model = _export(encoder, inputs, {"images": {0: batch}})
+    _rename(model.graph.outputs, ["tokens"])
     return model
 
 

@@ -1,7 +1,10 @@
 """Masked diffusion models in PyTorch, and loaders of their published checkpoints."""
 
-from mdzoo.catalogue import CATALOGUE, Entry, Model, Sources, load, load_denoiser
+from mdzoo.catalogue import CATALOGUE
 from mdzoo.checkpoint import CheckpointError
+from mdzoo.entry import Entry, Model, Sources
+from mdzoo.hub import resolve
+from mdzoo.loading import load, load_denoiser
 
 __all__ = [
     "CATALOGUE",
@@ -11,4 +14,5 @@ __all__ = [
     "Sources",
     "load",
     "load_denoiser",
+    "resolve",
 ]

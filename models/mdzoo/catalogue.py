@@ -1,236 +1,253 @@
-"""The models by name: what each is, which files it needs and how it is loaded."""
+"""The models by name: what each is, where its files are published, and how it is sampled."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from importlib.resources import as_file, files
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mdruntime.manifest import ImageSpec, WeightsSpec
-from mdruntime.sampling import Sampling
-from mdzoo import checkpoint, maskgit
-from mdzoo.checkpoint import CheckpointError
-from mdzoo.decoder import Palette, VQGANImages
-from mdzoo.maskgit import MaskGIT, MaskGITConfig
-from mdzoo.vqgan import VQGAN, VQGANConfig
+from mdruntime.manifest import TextSpec
+from mdzoo import (
+    amused,
+    halton,
+    llama,
+    llamagen,
+    mage,
+    mage_checkpoint,
+    maskbit,
+    maskbit_vqgan,
+    maskgit,
+    maskgit_jax,
+    maskgit_vqgan,
+    mdlm,
+    presets,
+    titok,
+    titok_tokenizer,
+    vqgan,
+    vqmodel,
+)
+from mdzoo.conv import ConvConfig
+from mdzoo.entry import Entry, Images
+from mdzoo.maskgit import MaskGITConfig
+from mdzoo.palette import Palette
 
-__all__ = ["CATALOGUE", "Entry", "Model", "Sources", "load", "load_denoiser"]
+__all__ = ["CATALOGUE"]
 
-
-SETTINGS = ("heads", "classes", "codebook")
-"""What --set may name: the sizes that tensor shapes cannot tell."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A loaded model; satisfies ``mdexport.Model``."""
-
-    name: str
-    family: str
-    task: str
-    denoiser: MaskGIT
-    decoder: nn.Module
-    image: ImageSpec
-    weights: WeightsSpec
-    presets: Mapping[str, Sampling]
+_HUB = "huggingface.co"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A model that can be asked for by name."""
-
-    name: str
-    family: str
-    task: str
-    summary: str
-    config: MaskGITConfig  # of the published weights; a checkpoint's own sizes win over it
-    pixels: int  # on a side of the square image
-    files: Mapping[str, str]  # option of the command line to where that file is published
-    licence: str
-    presets: Mapping[str, Sampling]
-    shipped: str = ""  # file of this package that holds the weights
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the denoiser."""
-        with torch.device("meta"):
-            return sum(tensor.numel() for tensor in MaskGIT(self.config).parameters())
+def _fixed(build: Callable[[Any], nn.Module], config: Any) -> Callable[[Any], nn.Module]:
+    """Return a maker of random tokenizers of always the same sizes."""
+    return lambda _: build(config).eval()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sources:
-    """Where weights come from: files, a seed, or what this package ships."""
+def _digits() -> Entry:
+    return Entry(
+        name="digits",
+        family=maskgit.FAMILY,
+        task="class to image",
+        summary="handwritten digits, 8 x 8 pixels of 17 grey levels",
+        config=MaskGITConfig(
+            grid=8, codebook=17, classes=10, width=96, depth=5, heads=4, hidden=384
+        ),
+        files={},
+        licence="Apache-2.0; data: UCI digits, CC BY 4.0",
+        presets=presets.digits(),
+        images=Images(_no_palette, lambda config: Palette(config.grid, config.codebook)),
+        shipped="digits.safetensors",
+    )
 
-    checkpoint: Path | None = None
-    vqgan: Path | None = None
-    random_seed: int | None = None
-    settings: Mapping[str, int] = field(default_factory=dict)
-    """Some of ``SETTINGS``."""
 
-
-_HUB = "huggingface.co, llvictorll/Maskgit-pytorch, pretrained_maskgit"
-_VQGAN = f"{_HUB}/VQGAN/last.ckpt"
-_TAMING = "MIT (valeoai MaskGIT), MIT (taming-transformers VQGAN)"
+def _no_palette(*_: Any, **__: Any) -> nn.Module:
+    raise AssertionError("a palette is not loaded")
 
 
 def _maskgit(grid: int, rounds: int, guidance: float, alpha: float) -> Entry:
-    pixels = 16 * grid
-    default = Sampling(
-        rounds=rounds,
-        schedule="v1-arccos",
-        order="hybrid",
-        exploration=(1.0, 0.0),
-        alpha=alpha,
-        substeps=2,
-        guidance=guidance,
-        guidance_schedule="linear",
-    )
+    pixels, where = 16 * grid, f"{_HUB}, llvictorll/Maskgit-pytorch, pretrained_maskgit"
     return Entry(
         name=f"maskgit{pixels}",
-        family="maskgit",
+        family=maskgit.FAMILY,
         task="class to image",
         summary=f"MaskGIT of valeoai, ImageNet, {pixels} x {pixels} pixels",
         config=MaskGITConfig(
             grid=grid, codebook=1024, classes=1000, width=768, depth=24, heads=16, hidden=3072
         ),
-        pixels=pixels,
         files={
-            "--checkpoint": f"{_HUB}/MaskGIT/MaskGIT_ImageNet_{pixels}.pth",
-            "--vqgan": _VQGAN,
+            "--checkpoint": f"{where}/MaskGIT/MaskGIT_ImageNet_{pixels}.pth",
+            "--tokenizer": f"{where}/VQGAN/last.ckpt",
         },
-        licence=_TAMING,
-        presets={
-            "default": default,
-            "maskgit": default.but(order="maskgit", substeps=1),
-        },
+        licence="MIT (valeoai MaskGIT), MIT (taming-transformers VQGAN)",
+        presets=presets.maskgit(rounds, guidance, alpha),
+        images=Images(vqgan.load, _fixed(vqgan.VQGAN, ConvConfig())),
     )
 
 
-_DIGITS = Entry(
-    name="digits",
-    family="maskgit",
-    task="class to image",
-    summary="handwritten digits, 8 x 8 pixels of 17 grey levels",
-    config=MaskGITConfig(grid=8, codebook=17, classes=10, width=96, depth=5, heads=4, hidden=384),
-    pixels=8,
-    files={},
-    licence="Apache-2.0; data: UCI digits, CC BY 4.0",
-    presets={
-        "default": Sampling(
-            rounds=8, order="hybrid", exploration=(1.0, 0.0), substeps=2, guidance=1.0
+def _halton(name: str) -> Entry:
+    _, size, side = name.split("-")
+    return Entry(
+        name=name,
+        family=halton.FAMILY,
+        task="class to image",
+        summary=f"Halton-MaskGIT {size} of valeoai, ImageNet, {side} x {side} pixels",
+        config=halton.PUBLISHED[name],
+        files={
+            "--checkpoint": f"{_HUB}, llvictorll/Halton-Maskgit, ImageNet_{side}_{size}.pth",
+            "--tokenizer": f"{_HUB}, FoundationVision/LlamaGen, vq_ds16_c2i.pt",
+        },
+        licence="MIT (Halton-MaskGIT), MIT (LlamaGen VQ)",
+        presets=presets.halton(name),
+        images=Images(llamagen.load, _fixed(llamagen.LlamaGenVQ, llamagen.VQ16)),
+    )
+
+
+def _mdlm(name: str) -> Entry:
+    size = name.rpartition("-")[2]
+    where = {
+        "owt": f"{_HUB}, kuleshov-group/mdlm-owt, model.safetensors",
+        "small": f"{_HUB}, jdeschena/sdtt, one revision for each model, model.safetensors",
+    }
+    what = "MDLM" if size == "owt" else f"SDTT {size} (distilled MDLM)"
+    return Entry(
+        name=name,
+        family=mdlm.FAMILY,
+        task="text",
+        summary=f"{what}, OpenWebText, 1024 tokens of GPT-2",
+        config=mdlm.PUBLISHED[name],
+        files={
+            "--checkpoint": where.get(size, where["small"]),
+            "--tokenizer": f"{_HUB}, openai-community/gpt2, tokenizer.json",
+        },
+        licence="Apache-2.0" if size == "owt" else "repository without a licence file",
+        presets=presets.mdlm() if size == "owt" else presets.sdtt(),
+        text=TextSpec("", begin=50256, end=50256),
+    )
+
+
+def _titok(name: str) -> Entry:
+    size = name.partition("-")[2]
+    file = size.replace("-", "")
+    return Entry(
+        name=name,
+        family=titok.FAMILY,
+        task="class to image",
+        summary=f"TiTok {size.upper()}, ImageNet, 256 x 256 pixels in {size[1:]} tokens",
+        config=titok.PUBLISHED[name],
+        files={
+            "--checkpoint": f"{_HUB}, fun-research/TiTok, generator_titok_{file}.bin",
+            "--tokenizer": f"{_HUB}, fun-research/TiTok, tokenizer_titok_{file}.bin",
+        },
+        licence="Apache-2.0 (for research, says its README)",
+        presets=presets.titok(name),
+        images=Images(
+            titok_tokenizer.load,
+            _fixed(titok_tokenizer.TiTokTokenizer, titok_tokenizer.PUBLISHED[name]),
         ),
-        "maskgit": Sampling(rounds=8, order="maskgit", guidance=1.0),
-    },
-    shipped="digits.safetensors",
-)
-
-CATALOGUE = {
-    entry.name: entry for entry in (_DIGITS, _maskgit(16, 8, 3.0, 4.5), _maskgit(32, 15, 2.8, 7.0))
-}
-
-
-def load(entry: Entry, sources: Sources) -> Model:
-    """Load a model with its decoder.
-
-    Args:
-        entry: from the catalogue.
-        sources: files or a seed; the shipped weights where there are any and nothing is given.
-
-    Raises:
-        CheckpointError: a file is missing, damaged, or of another architecture.
-    """
-    denoiser = load_denoiser(entry, sources)
-    config = denoiser.config
-    if entry.shipped:
-        decoder: nn.Module = Palette(config.grid, config.codebook)
-    else:
-        decoder = VQGANImages(_load_vqgan(entry, sources, config))
-    pixels = entry.pixels * config.grid // entry.config.grid
-    return Model(
-        name=entry.name,
-        family=entry.family,
-        task=entry.task,
-        denoiser=denoiser,
-        decoder=decoder.eval(),
-        image=ImageSpec(pixels, pixels),
-        weights=_weights(entry, sources, denoiser),
-        presets=entry.presets,
     )
 
 
-def load_denoiser(entry: Entry, sources: Sources) -> MaskGIT:
-    """Load a denoiser alone, in float32.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or of another architecture.
-    """
-    for name in sources.settings:
-        if name not in SETTINGS:
-            raise CheckpointError(f"--set must name one of {', '.join(SETTINGS)}, got {name!r}")
-    if sources.random_seed is not None:
-        return _random_denoiser(entry, sources)
-    state, source = _read(entry, sources)
-    model = MaskGIT(maskgit.infer(state, entry.config, sources.settings))
-    checkpoint.fit(model, maskgit.from_published(state), source=source)
-    return model.eval()
-
-
-def _random_denoiser(entry: Entry, sources: Sources) -> MaskGIT:
-    if sources.settings:
-        raise CheckpointError("--set describes a checkpoint; random weights have the model's sizes")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(sources.random_seed or 0)
-        model = MaskGIT(entry.config)
-        maskgit.initialise(model)
-    return model.eval()
-
-
-def _read(entry: Entry, sources: Sources) -> tuple[dict[str, Tensor], str]:
-    if sources.checkpoint is not None:
-        return checkpoint.read(sources.checkpoint), sources.checkpoint.name
-    if not entry.shipped:
-        raise CheckpointError(_missing(entry, "--checkpoint"))
-    with as_file(files("mdzoo") / "weights" / entry.shipped) as path:
-        return checkpoint.read(path), entry.shipped
-
-
-def _missing(entry: Entry, option: str) -> str:
-    wanted = "; ".join(f"{name} FILE from {where}" for name, where in entry.files.items())
-    return (
-        f"{entry.name} needs {option}: its weights are published at {wanted}. "
-        "Or try it with --random-weights 0"
+def _mage(name: str) -> Entry:
+    return Entry(
+        name=name,
+        family=mage.FAMILY,
+        task="image",
+        summary=f"MAGE ViT-{name[5].upper()}, ImageNet without classes, 256 x 256 pixels",
+        config=mage_checkpoint.PUBLISHED[name],
+        files={"--checkpoint": "Google Drive, see the README of github.com/LTH14/mage"},
+        licence="MIT",
+        presets=presets.mage(),
+        images=Images(
+            maskgit_vqgan.load,
+            _fixed(maskgit_vqgan.MaskGITVQGAN, maskgit_vqgan.PUBLISHED),
+            inside="file",
+        ),
     )
 
 
-def _load_vqgan(entry: Entry, sources: Sources, config: MaskGITConfig) -> VQGAN:
-    if sources.random_seed is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(sources.random_seed)
-            return VQGAN(VQGANConfig(codebook=config.codebook))
-    if sources.vqgan is None:
-        raise CheckpointError(_missing(entry, "--vqgan"))
-    state = checkpoint.read(sources.vqgan)
-    sizes = VQGANConfig.from_state(state)
-    if sizes.codebook != config.codebook:
-        raise CheckpointError(
-            f"{sources.vqgan.name} has a codebook of {sizes.codebook}, the denoiser one of "
-            f"{config.codebook}: they do not belong together"
-        )
-    vqgan = VQGAN(sizes)
-    checkpoint.fit(vqgan, state, source=sources.vqgan.name)
-    return vqgan
+def _maskbit(bits: int) -> Entry:
+    name = f"maskbit-{bits}bit"
+    return Entry(
+        name=name,
+        family=maskbit.FAMILY,
+        task="class to image",
+        summary=f"MaskBit {bits} bit, ImageNet, 256 x 256 pixels",
+        config=maskbit.PUBLISHED[name],
+        files={
+            "--checkpoint": f"{_HUB}, markweber/maskbit_generator_{bits}bit",
+            "--tokenizer": f"{_HUB}, markweber/maskbit_tokenizer_{bits}bit",
+        },
+        licence="Apache-2.0",
+        presets=presets.maskbit(bits),
+        images=Images(
+            maskbit_vqgan.load,
+            _fixed(maskbit_vqgan.MaskBitVQ, maskbit_vqgan.published(bits)),
+        ),
+    )
 
 
-def _weights(entry: Entry, sources: Sources, denoiser: MaskGIT) -> WeightsSpec:
-    parameters = sum(tensor.numel() for tensor in denoiser.parameters())
-    if sources.random_seed is not None:
-        return WeightsSpec("random", sources.random_seed, {}, parameters, "none")
-    given = [path for path in (sources.checkpoint, sources.vqgan) if path is not None]
-    origin = "checkpoint" if sources.checkpoint is not None else "trained"
-    hashes = {path.name: checkpoint.sha256(path) for path in given}
-    if not given:
-        with as_file(files("mdzoo") / "weights" / entry.shipped) as path:
-            hashes = {path.name: checkpoint.sha256(path)}
-    return WeightsSpec(origin, -1, hashes, parameters, entry.licence)
+def _maskgit_jax(side: int) -> Entry:
+    where = "storage.googleapis.com/maskgit-public/checkpoints"
+    return Entry(
+        name=f"maskgit-jax-{side}",
+        family=maskgit_jax.FAMILY,
+        task="class to image",
+        summary=f"the original MaskGIT (JAX), ImageNet, {side} x {side} pixels",
+        config=maskgit_jax.PUBLISHED[f"maskgit-jax-{side}"],
+        files={
+            "--checkpoint": f"{where}/maskgit_imagenet{side}_checkpoint",
+            "--tokenizer": f"{where}/tokenizer_imagenet{side}_checkpoint",
+        },
+        licence="Apache-2.0",
+        presets=presets.maskgit_jax(side),
+        images=Images(
+            maskgit_vqgan.load,
+            _fixed(maskgit_vqgan.MaskGITVQGAN, maskgit_vqgan.PUBLISHED),
+        ),
+    )
+
+
+def _amused(side: int) -> Entry:
+    return Entry(
+        name=f"amused-{side}",
+        family=amused.FAMILY,
+        task="text to image",
+        summary=f"aMUSEd, {side} x {side} pixels",
+        config=amused.PUBLISHED[f"amused-{side}"],
+        files={"--checkpoint": f"{_HUB}, amused/amused-{side} (the whole folder)"},
+        licence="see the model card (openrail++ as far as known)",
+        presets=presets.amused(),
+        images=Images(vqmodel.load, _fixed(vqmodel.VQModel, vqmodel.PUBLISHED), inside="vqvae"),
+    )
+
+
+def _smdm(name: str) -> Entry:
+    file = {"smdm-170m": "mdm-170M-100e18", "smdm-1028m": "mdm-1028M-1600e18"}[name]
+    return Entry(
+        name=name,
+        family=llama.FAMILY,
+        task="text",
+        summary=f"SMDM {name[5:].upper()}, SlimPajama, 2048 tokens of Llama 2",
+        config=llama.PUBLISHED[name],
+        files={
+            "--checkpoint": f"{_HUB}, nieshen/SMDM, {file}.safetensors",
+            "--tokenizer": f"{_HUB}, TinyLlama/TinyLlama_v1.1, tokenizer.json",
+        },
+        licence="Apache-2.0",
+        presets=presets.smdm(),
+        text=TextSpec("", begin=1, end=2),
+    )
+
+
+def _entries() -> Iterator[Entry]:
+    yield _digits()
+    yield _maskgit(16, 8, 3.0, 4.5)
+    yield _maskgit(32, 15, 2.8, 7.0)
+    yield from map(_halton, halton.PUBLISHED)
+    yield from map(_mdlm, mdlm.PUBLISHED)
+    yield from map(_titok, titok.PUBLISHED)
+    yield from map(_mage, mage_checkpoint.PUBLISHED)
+    yield from map(_maskbit, (10, 12, 14, 16, 18))
+    yield from map(_maskgit_jax, (256, 512))
+    yield from map(_amused, (256, 512))
+    yield from map(_smdm, llama.PUBLISHED)
+
+
+CATALOGUE = {entry.name: entry for entry in _entries()}

@@ -1,26 +1,27 @@
 """Published checkpoints: files to tensors by name, and tensors into modules, or one clear error.
 
-Two formats are read, safetensors and that of ``torch.save``. Whatever a file holds besides
-tensors, none of it is executed: see ``mdzoo.unpickle``.
+A checkpoint is a file (see ``mdzoo.weightfile``), the index of its shards, or a folder that
+holds one of these (see ``mdzoo.folder``). ``mdzoo.hub`` fetches what is not on this machine.
 """
 
-import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mdzoo import unpickle
+from mdzoo import folder, weightfile
+from mdzoo.weightfile import CheckpointError, listed, sha256
 
-__all__ = ["CheckpointError", "fit", "read", "sha256", "shape_of"]
+__all__ = ["CheckpointError", "fit", "hashes", "read", "sha256", "shape_of"]
 
 WRAPPERS = ("model_state_dict", "state_dict", "model", "params")
 """Keys under which trainers put the weights, beside the state of the optimiser and the like."""
+
+AVERAGES = ("ema", "model_ema", "ema_state_dict")
+"""Keys under which trainers put running averages (EMA) of the weights."""
 
 PREFIXES = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put before every name."""
@@ -34,92 +35,77 @@ EXTRAS = (
 )
 """Tensors of training, and buffers that follow from the architecture: no part of a model here."""
 
-FOREIGN = {
-    b"version https://git-lfs": "a Git LFS pointer in place of the file; run `git lfs pull`",
-    b"<!doctype": "a web page, saved in place of the file; download the file itself",
-    b"<html": "a web page, saved in place of the file; download the file itself",
-    b"<?xml": "an XML document, saved in place of the file; download the file itself",
-}
-"""How files begin that are often met in a checkpoint's place."""
 
-
-class CheckpointError(ValueError):
-    """The checkpoint is missing, damaged, refused, or of another architecture."""
-
-
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path, *, strip: Sequence[str] = (), ema: bool = False) -> dict[str, Tensor]:
     """Return the weights of a checkpoint under their published names.
 
-    Wrappers and prefixes that trainers add are taken off, known extras left out.
+    Wrappers and prefixes that trainers add are taken off, known extras left out. The weights of
+    flax have the names of their paths in its tree, such as ``Embed_0/embedding``.
 
     Args:
-        path: a file of safetensors or ``torch.save``, whatever its suffix.
+        path: a file of safetensors, ``torch.save`` or flax, whatever its suffix; the index of
+            shards; or a folder with one of these.
+        strip: prefixes that the family may shed beside ``PREFIXES``, such as ``backbone.``; one
+            goes, as often as it is there, only where all names begin with it.
+        ema: put averages in the place of the weights where the file holds any, by name or as
+            the list ``shadow_params`` in the order of the parameters. A file with averages by
+            name and no weights is read as these either way.
 
     Raises:
         CheckpointError: there is no such file, or it is damaged, refused, or holds no weights.
     """
-    tree = _load(path, _inspect(path))
+    path = folder.weight_file(path)
+    tree = _merge(path) if path.suffix == ".json" else _mapping(path)
+    weights = _plain(_tensors(_unwrap(tree)), strip)
+    if ema or not weights:
+        weights |= _averages(tree, weights, strip, path)
+    if not weights:
+        raise CheckpointError(
+            f"{path} must hold tensors by name, found none beside "
+            f"{listed([str(key) for key in tree])}; is it a checkpoint?"
+        )
+    return weights
+
+
+def hashes(path: Path) -> dict[str, str]:
+    """Return the SHA-256 digests, in hexadecimal, of the files that ``read`` takes weights from.
+
+    Args:
+        path: as for ``read``.
+
+    Returns:
+        Digests by the name of the file, without its folder.
+    """
+    path = folder.weight_file(path)
+    files = sorted(folder.shards(path)) if path.suffix == ".json" else [path]
+    return {file.name: sha256(file) for file in files}
+
+
+def _mapping(path: Path) -> Mapping[Any, Any]:
+    tree = weightfile.load(path)
     if not isinstance(tree, Mapping):
         raise CheckpointError(
             f"{path} must hold tensors by name, found a {type(tree).__name__}; "
             "have its state_dict() saved instead"
         )
-    weights = _plain(_tensors(_unwrap(tree)))
-    if not weights:
-        raise CheckpointError(
-            f"{path} must hold tensors by name, found none beside "
-            f"{_names([str(key) for key in tree])}; is it a checkpoint?"
-        )
-    return weights
+    return tree
 
 
-def _inspect(path: Path) -> bytes:
-    """Return the first bytes of a file that may be a checkpoint."""
-    start = _start(path)
-    if not start:
-        raise CheckpointError(f"{path} must be a checkpoint, found an empty file; download it")
-    for beginning, found in FOREIGN.items():
-        if start.lstrip().lower().startswith(beginning):
-            raise CheckpointError(f"{path} must be a checkpoint, found {found}")
-    return start
-
-
-def _start(path: Path) -> bytes:
-    try:
-        if path.is_dir():
-            inside = _names(sorted(entry.name for entry in path.iterdir()))
-            raise CheckpointError(f"{path} must be a file, found a folder with {inside}; name one")
-        with path.open("rb") as stream:
-            return stream.read(512)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} does not exist; correct the path or download the checkpoint"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _load(path: Path, start: bytes) -> Any:
-    try:
-        # A header in JSON after its length of 8 bytes: so begins safetensors, whatever the suffix.
-        return load_file(path) if start[8:9] == b"{" else _torch_load(path)
-    except unpickle.Refused as error:
-        raise CheckpointError(f"{path} is refused: {error}") from error
-    except Exception as error:  # a damaged file may raise anything
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise CheckpointError(
-            f"{path} must be a file of torch.save or safetensors, found a damaged or foreign one "
-            f"({reason}); download it again"
-        ) from error
-
-
-def _torch_load(path: Path) -> Any:
-    with warnings.catch_warnings():  # about formats that the second reader knows
-        warnings.simplefilter("ignore")
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # whatever it was: the second reader knows more, and says it better
-            return unpickle.load(path)
+def _merge(index: Path) -> dict[str, Tensor]:
+    """Return the tensors of all shards of an index."""
+    merged: dict[str, Tensor] = {}
+    for shard, names in folder.shards(index).items():
+        found = _tensors(_unwrap(_mapping(shard)))
+        twice = sorted(merged.keys() & found.keys())
+        absent = [name for name in names if name not in found]
+        if twice or absent:
+            what = f"{listed(twice)} in two shards" if twice else f"no {listed(absent)}"
+            raise CheckpointError(
+                f"{shard} must hold the tensors that {index.name} names, each once, "
+                f"found {what}; download both again"
+            )
+        merged |= found
+    return merged
 
 
 def _unwrap(tree: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -137,16 +123,68 @@ def _tensors(tree: Mapping[Any, Any]) -> dict[str, Tensor]:
     }
 
 
-def _plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _plain(weights: dict[str, Tensor], strip: Sequence[str]) -> dict[str, Tensor]:
     weights = {
         key: tensor
         for key, tensor in weights.items()
         if not any(fnmatchcase(key, pattern) for pattern in EXTRAS)
     }
-    for prefix in PREFIXES:
-        if weights and all(key.startswith(prefix) for key in weights):
-            return _plain({key.removeprefix(prefix): weights[key] for key in weights})
+    for prefix in (*PREFIXES, *strip):
+        if prefix and weights and all(key.startswith(prefix) for key in weights):
+            return _plain({key.removeprefix(prefix): weights[key] for key in weights}, strip)
     return weights
+
+
+def _averages(
+    tree: Mapping[Any, Any], weights: dict[str, Tensor], strip: Sequence[str], path: Path
+) -> dict[str, Tensor]:
+    """Return the averages of a file by the names of the weights; nothing where it has none."""
+    for key in AVERAGES:
+        found = tree.get(key)
+        if not isinstance(found, Mapping):
+            continue
+        shadow = found.get("shadow_params")
+        if isinstance(shadow, (list, tuple)) and weights:
+            return _in_order(shadow, weights, path)
+        if named := _plain(_tensors(_unwrap(found)), strip):
+            return named
+    return {}
+
+
+def _in_order(
+    shadow: Sequence[Any], weights: Mapping[str, Tensor], path: Path
+) -> dict[str, Tensor]:
+    """Return averages by name: they come in the order of the parameters, tied ones once.
+
+    Source: repository fadel/pytorch_ema, ``torch_ema/ema.py``, as kuleshov-group/mdlm has it in
+    ``models/ema.py``.
+    """
+    owners: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in weights.items():
+        if tensor.is_floating_point():
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+            owners.setdefault((place,), []).append(name)
+    pairs = zip((names[0] for names in owners.values()), shadow, strict=False)
+    misfits = [name for name, average in pairs if not _alike(weights[name], average)]
+    if misfits or len(shadow) != len(owners):
+        what = f"others for {listed(misfits)}" if len(shadow) == len(owners) else len(shadow)
+        raise CheckpointError(
+            f"{path} must hold averages of its {len(owners)} weights in their order, "
+            f"found {what}; read it without averages"
+        )
+    return {
+        name: average.detach()
+        for names, average in zip(owners.values(), shadow, strict=True)
+        for name in names
+    }
+
+
+def _alike(weight: Tensor, average: Any) -> bool:
+    return (
+        isinstance(average, Tensor)
+        and average.is_floating_point()
+        and average.shape == weight.shape
+    )
 
 
 def shape_of(state: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
@@ -158,7 +196,7 @@ def shape_of(state: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[in
     if key not in state:
         raise CheckpointError(
             f"the checkpoint must hold {key!r}, found {len(state)} other tensors "
-            f"({_names(list(state))}); is it of another architecture?"
+            f"({listed(list(state))}); is it of another architecture?"
         )
     shape = tuple(state[key].shape)
     if len(shape) != dimensions or 0 in shape:
@@ -201,7 +239,7 @@ def _misfit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
         ],
     }
     return "; ".join(
-        f"{len(keys)} {what} ({_names(keys)})" for what, keys in problems.items() if keys
+        f"{len(keys)} {what} ({listed(keys)})" for what, keys in problems.items() if keys
     )
 
 
@@ -221,18 +259,6 @@ def _finite(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     if broken:
         raise CheckpointError(
             f"{source} must hold finite weights, found NaN or infinity in {len(broken)} tensors "
-            f"({_names(broken)}); download it again"
+            f"({listed(broken)}); download it again"
         )
     return ready
-
-
-def _names(names: Sequence[str], limit: int = 4) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    shown = [name if name.isprintable() else repr(name) for name in names[:limit]]
-    return ", ".join(shown) + rest or "nothing"
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 digest of a file in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,15 +1,35 @@
-"""Attention over an explicit K/V cache, and layers whose sensitive arithmetic stays in float32.
+"""Norms, rotations, MLPs and row arithmetic, of which ``mdzoo.transformer`` is composed.
+
+Sensitive arithmetic (norms, rotations) stays in float32 whatever the weights are.
 
 Shapes use the field's axes: rows (sequences of a pass), m (the canvas positions a pass
-recomputes), length (all positions of the canvas), heads, head_size, width.
+recomputes), canvas (all of its positions), heads, head_size, width.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Cache = tuple[Tensor, Tensor]
-"""One layer's keys and values of every canvas position, (rows, heads, canvas, head_size) each."""
+__all__ = [
+    "FeedForward",
+    "GatedFeedForward",
+    "LayerNorm",
+    "RMSNorm",
+    "Rotary",
+    "modulate",
+    "refresh",
+    "rms",
+    "rotary",
+    "rotate",
+    "take_rows",
+]
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines of rotary position embedding, float32 (rows, 1, m, head_size / 2) each."""
+
+Activation = Callable[[Tensor], Tensor]
 
 
 class LayerNorm(nn.LayerNorm):
@@ -20,17 +40,63 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of ``x``; the result has the dtype of ``x``."""
-        y = F.layer_norm(
-            x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
-        )
+        bias = None if self.bias is None else self.bias.float()
+        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, self.eps)
         return y.to(x.dtype)
+
+
+def rms(x: Tensor, eps: float) -> Tensor:
+    """Divide the last axis of ``x`` by its root mean square, in float32."""
+    wide = x.float()
+    # Divided, not times a reciprocal root: that the ONNX exporter fuses into RMSNormalization, with
+    # float16 input and float32 scale, which ONNX Runtime refuses.
+    return wide / torch.sqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a weight and perhaps a bias, computed in float32."""
+
+    def __init__(self, width: int, *, eps: float = 1e-5, bias: bool = False) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of ``x``; the result has the dtype of ``x``."""
+        y = rms(x, self.eps) * self.weight.float()
+        if self.bias is not None:
+            y = y + self.bias.float()
+        return y.to(x.dtype)
+
+
+def rotary(positions: Tensor, head_size: int, base: float = 10_000.0) -> Rotary:
+    """Return the rotations of rotary position embedding (Su et al. 2021, arXiv 2104.09864).
+
+    Args:
+        positions: int (rows, m).
+        head_size: even.
+        base: of the geometric series of wavelengths.
+    """
+    half = head_size // 2
+    frequency = base ** (-torch.arange(half, dtype=torch.float32, device=positions.device) / half)
+    angle = positions.float()[:, None, :, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rotation: Rotary) -> Tensor:
+    """Rotate pairs (i, i + head_size / 2) of ``x`` (rows, heads, m, head_size): NeoX layout."""
+    cos, sin = rotation
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)
 
 
 def refresh(cache: Tensor, positions: Tensor, new: Tensor) -> Tensor:
     """Return ``cache`` with the rows at ``positions`` replaced.
 
     Args:
-        cache: (rows, heads, length, head_size).
+        cache: (rows, heads, canvas, head_size).
         positions: int (rows, m), the canvas positions of ``new``; repeating one is harmless as
             long as its values repeat too.
         new: (rows, heads, m, head_size).
@@ -41,74 +107,50 @@ def refresh(cache: Tensor, positions: Tensor, new: Tensor) -> Tensor:
     return cache.index_put((row, head, positions.long()[:, None, :]), new)
 
 
-class Attention(nn.Module):
-    """Bidirectional multi-head attention whose queries may be a subset of the canvas.
+def take_rows(x: Tensor, columns: Tensor) -> Tensor:
+    """Return ``x`` (rows, m, ...) at int ``columns`` (rows, k), as (rows, k, ...)."""
+    row = torch.arange(x.shape[0], device=x.device)[:, None]
+    return x[row, columns.long()]
 
-    Queries, keys and values come from one fused product: three separate ones invite compilers
-    to fuse them horizontally, which some get wrong.
-    """
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend among all positions of ``x`` (rows, length, width), without a cache."""
-        query, key, value = self._project(x)
-        return self._attend(query, key, value)
-
-    def step(self, x: Tensor, positions: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        """Attend from ``x`` (rows, m, width) to the canvas; return the refreshed cache too."""
-        query, new_key, new_value = self._project(x)
-        keys, values = cache
-        keys = refresh(keys, positions, new_key)
-        values = refresh(values, positions, new_value)
-        return self._attend(query, keys, values), (keys, values)
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        packed = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (rows, m, 3, heads, head_size)
-        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        return query, key, value
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return ``x (1 + scale) + shift``; shift and scale (rows, width) hold for all positions."""
+    return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class FeedForward(nn.Module):
-    """Two linear maps around a GELU (exact, by the error function)."""
+    """Two linear maps around an activation."""
 
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        dropout: float = 0.0,
+        *,
+        activation: Activation = F.gelu,
+    ) -> None:
+        """Take the sizes; the activation is the exact GELU (by the error function) by default."""
         super().__init__()
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., width) to (..., width)."""
-        return self.down(self.dropout(F.gelu(self.up(x))))
+        return self.down(self.dropout(self.activation(self.up(x))))
 
 
-class Block(nn.Module):
-    """A pre-LN transformer block: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+class GatedFeedForward(nn.Module):
+    """``down(activation(gate(x)) * up(x))``, without biases: SwiGLU, GEGLU (Shazeer 2020)."""
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, hidden: int, *, activation: Activation = F.silu) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(width)
-        self.attention = Attention(width, heads)
-        self.norm2 = LayerNorm(width)
-        self.mlp = FeedForward(width, hidden, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform the whole canvas (rows, length, width), without a cache."""
-        x = x + self.dropout(self.attention(self.norm1(x)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
-
-    def step(self, x: Tensor, positions: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        """Transform some rows (rows, m, width) of the canvas against its cache."""
-        mixed, cache = self.attention.step(self.norm1(x), positions, cache)
-        x = x + mixed
-        return x + self.mlp(self.norm2(x)), cache
+        """Map (..., width) to (..., width)."""
+        return self.down(self.activation(self.gate(x)) * self.up(x))

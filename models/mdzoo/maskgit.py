@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from mdruntime.manifest import ContextRow, DenoiserSpec
 from mdzoo.checkpoint import CheckpointError, shape_of
-from mdzoo.layers import Block, Cache, LayerNorm
+from mdzoo.family import Family
+from mdzoo.layers import FeedForward, LayerNorm, take_rows
+from mdzoo.transformer import Attention, Block, Stack
 
 STEM_EPSILON = 1e-12  # the blocks use PyTorch's default of 1e-5
 
@@ -87,6 +89,17 @@ def _mlp(width: int) -> list[nn.Module]:
     return [LayerNorm(width, eps=STEM_EPSILON), nn.Linear(width, width), nn.GELU()]
 
 
+def _block(config: MaskGITConfig, dropout: float) -> Block:
+    width = config.width
+    return Block(
+        Attention(width, config.heads),
+        FeedForward(width, config.hidden, dropout),
+        LayerNorm(width),
+        LayerNorm(width),
+        dropout=dropout,
+    )
+
+
 class MaskGIT(nn.Module):
     """The denoiser: token ids in, logits over the codebook out.
 
@@ -104,9 +117,7 @@ class MaskGIT(nn.Module):
         self.stem = nn.Sequential(
             *_mlp(width), LayerNorm(width, eps=STEM_EPSILON), nn.Linear(width, width)
         )
-        self.blocks = nn.ModuleList(
-            Block(width, config.heads, config.hidden, dropout) for _ in range(config.depth)
-        )
+        self.blocks = Stack(_block(config, dropout) for _ in range(config.depth))
         self.last = nn.Sequential(*_mlp(width), LayerNorm(width, eps=STEM_EPSILON))
 
     @property
@@ -118,12 +129,11 @@ class MaskGIT(nn.Module):
             canvas=config.length + 1,
             first=0,
             grid=(config.grid, config.grid),
+            patch=(1, 1),
             codebook=config.codebook,
             mask_token=config.codebook,
             classes=config.classes,
             layers=config.depth,
-            heads=config.heads,
-            head_size=config.width // config.heads,
             context=(
                 ContextRow(
                     position=config.length,
@@ -148,42 +158,41 @@ class MaskGIT(nn.Module):
         context = torch.where(labels < 0, dropped, config.codebook + 1 + labels)
         ids = torch.cat([tokens, context[:, None]], dim=1)
         x = self.stem(self.dropout(self.tokens(ids) + self.positions))
-        for block in self.blocks:
-            x = block(x)
-        return self._logits(x, self.bias, config.codebook + 1)[:, :-1]
+        return self._logits(self.blocks(x), self.bias, config.codebook + 1)[:, :-1]
+
+    def condition(self, labels: Tensor) -> dict[str, Tensor]:
+        """Return nothing: the class enters as a row of the canvas."""
+        return {}
+
+    def empty_caches(self, rows: int, canvas: int) -> dict[str, Tensor]:
+        """Return zeros for keys and values of every layer."""
+        return self.blocks.empty_caches(rows, canvas)
 
     def step(
-        self, tokens: Tensor, positions: Tensor, caches: Sequence[Cache]
-    ) -> tuple[Tensor, list[Cache]]:
-        """Recompute some rows of the canvas against the K/V caches.
-
-        Args:
-            tokens: int (rows, m), ids at the rows to recompute, the class token included.
-            positions: int (rows, m), which rows of the canvas these are.
-            caches: one per layer, (rows, heads, length + 1, head_size) each.
-
-        Returns:
-            Logits float32 (rows, m, codebook) and the refreshed caches.
-        """
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        columns: Tensor,
+        caches: Sequence[Tensor],
+        extras: Mapping[str, Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Recompute some rows of the canvas against the K/V caches; see ``mdexport.Denoiser``."""
         x = self.stem(self.tokens(tokens) + F.embedding(positions, self.positions))
-        refreshed = []
-        blocks = cast(list[Block], self.blocks)
-        for block, cache in zip(blocks, caches, strict=True):
-            x, fresh = block.step(x, positions, cache)
-            refreshed.append(fresh)
+        x, refreshed = self.blocks.step(x, positions, caches)
         codebook = self.config.codebook
-        bias = F.embedding(positions, self.bias[:, :codebook])
-        return self._logits(x, bias, codebook), refreshed
+        wanted = positions.gather(1, columns.long())
+        bias = F.embedding(wanted, self.bias[:, :codebook])
+        return self._logits(take_rows(x, columns), bias, codebook), refreshed
 
     def _logits(self, x: Tensor, bias: Tensor, columns: int) -> Tensor:
         table = self.tokens.weight[:columns].float()
         return F.linear(self.last(x).float(), table) + bias[..., :columns].float()
 
 
-def initialise(model: MaskGIT) -> None:
+def initialise(model: nn.Module) -> None:
     """Draw small embeddings, as BERT does; PyTorch's unit variance trains slowly."""
-    for table in (model.tokens.weight, model.positions):
-        nn.init.normal_(table, std=0.02)
+    for name in ("tokens.weight", "positions"):
+        nn.init.normal_(model.get_parameter(name), std=0.02)
 
 
 def infer(
@@ -263,3 +272,13 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed = {_rename(key, names): tensor for key, tensor in state.items()}
     renamed["pos_emb"] = renamed.pop("positions")[None]
     return renamed
+
+
+FAMILY = Family(
+    name="maskgit",
+    build=MaskGIT,
+    infer=infer,
+    from_published=from_published,
+    initialise=initialise,
+    settings=("heads", "classes", "codebook"),
+)

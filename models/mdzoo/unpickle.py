@@ -199,18 +199,43 @@ def _root(archive: zipfile.ZipFile) -> str:
     raise pickle.UnpicklingError("a zip archive without data.pkl")
 
 
-def _from_archive(archive: zipfile.ZipFile) -> object:
+def _from_archive(archive: zipfile.ZipFile, path: Path) -> object:
     root = _root(archive)
     order = f"{root}byteorder"
     if order in archive.namelist() and archive.read(order) != b"little":
         raise pickle.UnpicklingError("numbers in big-endian byte order")
+    mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
 
     @functools.cache  # tensors may share a storage
     def storage(key: str, count: int, dtype: torch.dtype) -> Tensor:
-        with archive.open(f"{root}data/{key}") as stream:
-            return _fill(torch.empty(count, dtype=dtype), stream)
+        start, size = _extent(archive, f"{root}data/{key}")
+        wanted = count * dtype.itemsize
+        if not 0 <= wanted <= size:
+            raise EOFError(f"{wanted} bytes of weights expected, {size} found")
+        part = mapped[start : start + wanted]
+        if start % dtype.itemsize:
+            part = part.clone()
+        return torch.empty(0, dtype=dtype).set_(part, 0, (count,), (1,))
 
     return Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), storage).load()
+
+
+def _extent(archive: zipfile.ZipFile, name: str) -> tuple[int, int]:
+    """Return where the bytes of a member begin in the file, and their number.
+
+    Source: the zip format, PKWARE's APPNOTE 4.3.7: a header of 30 bytes, its last four the
+    lengths of the name and of further fields, which follow it before the content.
+    """
+    member = archive.getinfo(name)
+    with archive.open(member):
+        pass  # checks the header
+    stream = archive.fp
+    if stream is None or member.compress_type != zipfile.ZIP_STORED:
+        raise pickle.UnpicklingError("compressed weights, which torch.save does not write")
+    stream.seek(member.header_offset + 26)
+    lengths = stream.read(4)
+    variable = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+    return member.header_offset + 30 + variable, member.file_size
 
 
 def _from_stream(stream: IO[bytes]) -> object:
@@ -236,7 +261,8 @@ def _from_stream(stream: IO[bytes]) -> object:
 def load(path: Path) -> Any:
     """Return what ``torch.save`` wrote, with inert objects for all but containers and tensors.
 
-    Reads the zip format of PyTorch 1.6 and later and the format before it, little-endian.
+    Reads the zip format of PyTorch 1.6 and later and the format before it, little-endian. From
+    the zip format, weights stay on disk until they are used.
 
     Raises:
         Refused: the file is a program.
@@ -245,5 +271,5 @@ def load(path: Path) -> Any:
     with path.open("rb") as stream:
         if stream.peek(2).startswith(b"PK"):
             with zipfile.ZipFile(stream) as archive:
-                return _from_archive(archive)
+                return _from_archive(archive, path)
         return _from_stream(stream)

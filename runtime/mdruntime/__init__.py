@@ -14,11 +14,13 @@ from mdruntime.errors import (
     SamplingError,
     VerificationError,
 )
+from mdruntime.loading import load, load_text
 from mdruntime.manifest import Manifest
-from mdruntime.pipeline import Pipeline, load
+from mdruntime.pipeline import Pipeline
 from mdruntime.sampler import Canvas, Step, unmask
 from mdruntime.sampling import Sampling
 from mdruntime.session import FunctionSession, Session
+from mdruntime.text import TextPipeline, TextStep
 from mdruntime.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -36,9 +38,12 @@ __all__ = [
     "SamplingError",
     "Session",
     "Step",
+    "TextPipeline",
+    "TextStep",
     "Verification",
     "VerificationError",
     "load",
+    "load_text",
     "open_bundle",
     "unmask",
     "verify",

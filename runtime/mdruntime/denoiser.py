@@ -1,171 +1,194 @@
 """A denoiser at work: from the sampler's requests to feeds of the graph and back.
 
-The graph knows *rows*, sequences with K/V caches of their own. A sample is one row, or two under
+The graph knows *rows*, sequences with caches of their own. A sample is one row, or two under
 classifier-free guidance; unconditional rows stand behind all conditional ones, so that a pass
 without guidance uses a prefix of the caches.
 """
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from mdruntime.conditions import Conditions
 from mdruntime.errors import SamplingError
 from mdruntime.head import Draws, draw
-from mdruntime.manifest import DenoiserSpec
-from mdruntime.sampler import Pass, Result
+from mdruntime.layout import Layout
+from mdruntime.manifest import DenoiserSpec, GraphSpec
+from mdruntime.sampler import Pass, Positions, Result, padded
 from mdruntime.session import Feeds, Session
 
-__all__ = ["HEADS", "Denoiser", "labels_of", "tokens_of", "whole"]
+__all__ = ["CONDITION", "HEADS", "VISIBLE", "Condition", "Denoiser", "conditioner"]
+
+Condition = Callable[[NDArray[np.int32]], Mapping[str, NDArray[Any]]]
+"""From conditions (n, ...) to what the denoiser needs of them, (n, ...) each, by name."""
 
 HEADS = ("graph", "numpy")
-_LARGEST = 2**64 - 1
+CONDITION = "condition."
+"""Before the names of the condition graph's outputs, where they are the denoiser's inputs."""
+VISIBLE = "visible"
+"""Input of denoisers that must know which of a pass's rows hold no hidden token."""
 
 
 class Denoiser:
-    """The labels of a batch and a session: satisfies ``sampler.Denoise``."""
+    """The conditions of a batch and a session: satisfies ``sampler.Denoise``."""
 
     def __init__(
-        self, session: Session, spec: DenoiserSpec, labels: Sequence[int], *, head: str = "graph"
+        self,
+        session: Session,
+        spec: DenoiserSpec,
+        conditions: Conditions,
+        *,
+        head: str = "graph",
+        condition: Condition | None = None,
     ) -> None:
         """Bind a batch to a session.
 
         Args:
             session: of the denoiser graph.
             spec: its canvas.
-            labels: (batch,), -1 for samples without a class.
+            conditions: of the batch.
             head: draw tokens in the ``graph``, or in ``numpy`` from the logits it returns.
+            condition: the condition graph, where the bundle has one: see ``conditioner``.
         """
         if head not in HEADS:
             raise SamplingError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
         self._session = session
         self._spec = spec
-        self._labels = np.asarray(labels, np.int64)
+        self._conditions = conditions
         self._head = head
         self._guided = False
+        self._extras = {} if condition is None else _extras(condition, conditions)
 
     def __call__(self, request: Pass) -> Result:
         """Run one pass."""
-        if request.positions is not None:
-            return self._run(request, *self._some_rows(request, request.positions))
+        if request.positions is None:
+            self._begin(request)
+            rows = np.tile(np.arange(self._layout.canvas), (len(request.samples), 1))
+        else:
+            self._canvas[request.samples[:, None], request.positions] = request.tokens
+            rows = self._rows(request.positions)
+        return self._run(request, rows)
+
+    def _begin(self, request: Pass) -> None:
+        batch, length = len(self._conditions.labels), request.tokens.shape[1]
+        self._layout = Layout(self._spec, length)
+        self._canvas = np.zeros((batch, length), np.int32)
+        self._canvas[request.samples] = request.tokens
         self._guided = bool(np.any(self._weights(request) != 0))
-        result = self._run(request, *self._whole_canvas(request))
-        return _columns(result, slice(self._spec.first, self._spec.first + self._spec.length))
+        self._session.start(self._layout.canvas)
 
     def _weights(self, request: Pass) -> NDArray[np.float32]:
-        # Without a label both rows would be the same, and guidance the identity.
-        labelled = self._labels[request.samples] >= 0
-        return np.where(labelled, request.controls.guidance, np.float32(0))
+        # Without a condition both rows would be the same, and guidance the identity.
+        guidable = self._conditions.guidable[request.samples] & self._spec.unconditional
+        return np.where(guidable, request.controls.guidance, np.float32(0))
 
-    def _whole_canvas(self, request: Pass) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        spec, active = self._spec, len(request.samples)
-        columns = slice(spec.first, spec.first + spec.length)
-        tokens = np.zeros((self._rows(active), spec.canvas), np.int32)
-        tokens[:, columns] = self._doubled(request.tokens)
-        labels = self._labels[request.samples]
-        for row in spec.context:
-            tokens[:, row.position] = row.dropped
-            tokens[:active, row.position] = np.where(labels < 0, row.dropped, row.offset + labels)
-        positions = np.broadcast_to(np.arange(spec.canvas, dtype=np.int32), tokens.shape)
-        uniforms = np.zeros((active, spec.canvas), np.float32)
-        uniforms[:, columns] = request.uniforms
-        return tokens, positions, uniforms
+    def _rows(self, positions: Positions) -> Positions:
+        """Return the canvas rows (active, m) to recompute for these tokens."""
+        rows = self._layout.rows(positions)
+        if self._spec.slots > 1:
+            rows = padded([np.unique(row) for row in rows])
+        if self._spec.refresh_context:
+            context = [row.position for row in self._spec.context]
+            rows = np.concatenate([np.tile(context, (len(rows), 1)), rows], axis=1)
+        return rows
 
-    def _some_rows(
-        self, request: Pass, positions: NDArray[np.int64]
-    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        rows = (positions + self._spec.first).astype(np.int32)
-        return self._doubled(request.tokens), self._doubled(rows), request.uniforms
+    def _ids(self, samples: Positions) -> NDArray[np.int32]:
+        """Return the ids of all canvas rows, (graph rows, canvas, slots)."""
+        given, labels = self._conditions.given, self._conditions.labels[samples]
+        tokens = self._canvas[samples]
+        ids = self._layout.ids(tokens, labels)
+        if not self._guided:
+            return ids
+        if given is not None:
+            tokens = np.where(given[samples], np.int32(self._spec.mask_token), tokens)
+        return np.concatenate([ids, self._layout.ids(tokens, np.full_like(labels, -1))])
 
-    def _rows(self, active: int) -> int:
-        return 2 * active if self._guided else active
-
-    def _doubled(self, rows: NDArray[Any]) -> NDArray[Any]:
-        return np.concatenate([rows, rows]) if self._guided else rows
-
-    def _feeds(
-        self, request: Pass, tokens: NDArray[Any], positions: NDArray[Any], uniforms: NDArray[Any]
-    ) -> Feeds:
+    def _feeds(self, request: Pass, rows: Positions, wanted: Positions) -> dict[str, NDArray[Any]]:
+        """Return the feeds of a pass over ``rows`` with logits of the rows ``wanted``."""
         active = len(request.samples)
         conditional = np.arange(active, dtype=np.int32)
-        return {
-            "tokens": tokens,
-            "positions": positions,
+        columns = _columns(rows, wanted, self._layout.canvas)
+        ids, rows = self._ids(request.samples), self._doubled(rows)
+        tokens = np.take_along_axis(ids, rows[..., None], axis=1)
+        feeds = {
+            "tokens": tokens.reshape(len(tokens), -1),
+            "positions": rows.astype(np.int32),
+            "columns": self._doubled(columns).astype(np.int32),
             "conditional": conditional,
             "unconditional": conditional + np.int32(active if self._guided else 0),
             "guidance": self._weights(request),
             "temperature": request.controls.temperature,
             "beta": request.controls.beta,
             "token_beta": request.controls.token_beta,
-            "uniforms": uniforms,
         }
+        if self._spec.visible:
+            feeds[VISIBLE] = _visible(tokens[..., 0], self._spec.mask_token)
+        return {**feeds, **self._conditioned(request.samples)}
 
-    def _run(
-        self, request: Pass, tokens: NDArray[Any], positions: NDArray[Any], uniforms: NDArray[Any]
-    ) -> Result:
-        feeds = self._feeds(request, tokens, positions, uniforms)
-        if self._head == "numpy":
-            logits = self._session.run(feeds, ["logits"])["logits"]
-            return Result(draw(logits, request.controls, uniforms), logits)
-        fetch = [*Draws._fields, *(["logits"] if request.logits else [])]
+    def _conditioned(self, samples: Positions) -> dict[str, NDArray[Any]]:
+        batch = len(self._conditions.labels)
+        rows = np.concatenate([samples, samples + batch]) if self._guided else samples
+        return {name: values[rows] for name, values in self._extras.items()}
+
+    def _doubled(self, rows: NDArray[Any]) -> NDArray[Any]:
+        return np.concatenate([rows, rows]) if self._guided else rows
+
+    def _run(self, request: Pass, rows: Positions) -> Result:
+        slots = self._spec.slots
+        wanted = self._layout.rows(request.wanted)
+        if slots > 1:
+            distinct = padded([np.unique(row) for row in wanted])
+            column = _columns(distinct, wanted, self._layout.canvas)
+            index = column * slots + self._layout.slots(request.wanted)
+        else:
+            distinct, index = wanted, np.tile(np.arange(wanted.shape[1]), (len(wanted), 1))
+        uniforms = np.zeros((len(rows), distinct.shape[1] * slots), np.float32)
+        np.put_along_axis(uniforms, index, request.uniforms, axis=1)
+        feeds = {**self._feeds(request, rows, distinct), "uniforms": uniforms}
+        return self._answer(request, feeds, index)
+
+    def _answer(self, request: Pass, feeds: Feeds, index: Positions) -> Result:
+        """Run the graph, and pick from its outputs what was wanted."""
+
+        def pick(values: NDArray[Any]) -> NDArray[Any]:
+            return np.take_along_axis(values, index, axis=1)
+
+        numpy = self._head == "numpy"
+        fetch = [] if numpy else list(Draws._fields)
+        if numpy or request.logits:
+            fetch.append("logits")
         outputs = self._session.run(feeds, fetch)
-        draws = Draws(*(outputs[name] for name in Draws._fields))
-        return Result(draws, outputs.get("logits"))
+        logits = outputs.get("logits")
+        if logits is not None:
+            logits = np.take_along_axis(logits, index[..., None], axis=1)
+        if numpy:
+            assert logits is not None
+            return Result(draw(logits, request.controls, request.uniforms), logits)
+        return Result(Draws(*(pick(outputs[name]) for name in Draws._fields)), logits)
 
 
-def _columns(result: Result, columns: slice) -> Result:
-    def cut(values: NDArray[Any]) -> NDArray[Any]:
-        return values[:, columns]
-
-    logits = None if result.logits is None else cut(result.logits)
-    return Result(Draws(*map(cut, result.draws)), logits)
-
-
-def whole(name: str, value: Any, low: int = 0) -> int:
-    """Return a whole number of 64 bits, ``low`` or larger; refuse all else under its name."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise SamplingError(f"{name} must be a whole number, got {value!r}") from None
-    if not low <= number <= _LARGEST:
-        raise SamplingError(f"{name} must be between {low} and 2**64 - 1, got {number}")
-    return number
+def _columns(rows: Positions, wanted: Positions, canvas: int) -> Positions:
+    """Return where in ``rows`` (active, m) each of ``wanted`` (active, k) stands."""
+    where = np.zeros((len(rows), canvas), np.int64)
+    np.put_along_axis(where, rows, np.arange(rows.shape[1])[None], axis=1)
+    return np.take_along_axis(where, wanted, axis=1)
 
 
-def labels_of(spec: DenoiserSpec, labels: Sequence[int] | None, count: int) -> list[int]:
-    """Return the class of each sample, -1 for none, once it is known to be one of the model's."""
-    if labels is None:
-        return [-1] * whole("count", count, 1)
-    given = np.asarray(labels)
-    if spec.classes == 0:
-        raise SamplingError("this model has no classes; leave labels out")
-    if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer):
-        raise SamplingError(f"labels must be a list of whole numbers, not empty, got {labels!r}")
-    for label in given.tolist():
-        if not 0 <= label < spec.classes:
-            raise SamplingError(f"labels must be between 0 and {spec.classes - 1}, got {label}")
-    return given.tolist()
+def _visible(ids: NDArray[np.int32], mask_token: int) -> NDArray[np.int32]:
+    """Return the columns (rows, v) of ids that are not hidden; there is one in every row."""
+    return padded([np.flatnonzero(row != mask_token) for row in ids]).astype(np.int32)
 
 
-def tokens_of(spec: DenoiserSpec, tokens: ArrayLike) -> NDArray[np.int32]:
-    """Return a user's canvases as (batch, length), once they are known to be canvases."""
-    given = np.asarray(tokens)
-    if given.ndim == 3 and given.shape[1:] == spec.grid:
-        given = given.reshape(len(given), -1)
-    if given.ndim != 2 or given.shape[1] != spec.length or len(given) == 0:
-        raise SamplingError(
-            f"tokens must have shape (batch, {spec.length}) or (batch, "
-            f"{', '.join(map(str, spec.grid))}), got {np.shape(given)}"
-        )
-    if not np.issubdtype(given.dtype, np.integer) or not _known(spec, given).all():
-        raise SamplingError(
-            f"tokens must be integers from 0 to {spec.codebook - 1}, or the mask token "
-            f"{spec.mask_token} where hidden"
-        )
-    return given.astype(np.int32)
+def conditioner(session: Session, graph: GraphSpec) -> Condition:
+    """Return a condition graph as a function from its input to its outputs by name."""
+    fetch = [tensor.name for tensor in graph.outputs]
+    return lambda inputs: session.run({graph.inputs[0].name: inputs}, fetch)
 
 
-def _known(spec: DenoiserSpec, tokens: NDArray[Any]) -> NDArray[np.bool_]:
-    return (tokens >= 0) & (tokens < spec.codebook) | (tokens == spec.mask_token)
+def _extras(condition: Condition, conditions: Conditions) -> dict[str, NDArray[Any]]:
+    """Compute what stays the same over a trajectory, once for every distinct condition."""
+    distinct, index = np.unique(conditions.inputs(), axis=0, return_inverse=True)
+    outputs = condition(distinct)
+    return {CONDITION + name: values[index.ravel()] for name, values in outputs.items()}

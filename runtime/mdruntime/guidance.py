@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 __all__ = ["GUIDANCE_SCHEDULES", "guidance_weights", "weight_from_scale"]
 
-GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
+GUIDANCE_SCHEDULES = ("constant", "linear", "linear-open", "power-cosine")
 
 
 def weight_from_scale(scale: float) -> float:
@@ -31,7 +31,9 @@ def guidance_weights(
 
     Args:
         schedule: ``constant``; ``linear``, from 0 in the first round to ``weight`` in the last
-            (valeoai MaskGIT v1.0); or ``power-cosine`` (TiTok S-128, scale g = 1 + weight).
+            (valeoai MaskGIT v1.0); ``linear-open``, from 0 in steps of ``weight / turns``, which
+            stops one step below it (TiTok L-32, B-64); or ``power-cosine`` (TiTok S-128 with
+            scale g = 1 + weight, MaskBit).
         weight: w, the largest weight.
         turn: the round each sample is in, (batch,), from 0.
         turns: the rounds of its trajectory, (batch,).
@@ -43,6 +45,7 @@ def guidance_weights(
     share = {
         "constant": np.ones(len(turn)),
         "linear": part,
+        "linear-open": turn / turns,
         "power-cosine": (1 - np.cos(np.pi * (turn / turns) ** power)) / 2,
     }[schedule]
     inside = (part >= interval[0]) & (part <= interval[1])

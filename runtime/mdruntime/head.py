@@ -37,6 +37,7 @@ class Draws(NamedTuple):
     entropy: Array  # of p, in nats
     top: Array  # largest p(x)
     margin: Array  # largest minus second largest p(x)
+    log_normaliser: Array  # log sum_x exp(logit(x) / temperature): logits are log p plus it
 
 
 def log_softmax(logits: Logits) -> Logits:
@@ -80,7 +81,8 @@ def draw(logits: Logits, controls: Controls, uniforms: Array) -> Draws:
         controls: (batch,) each; ``guidance`` is not used here.
         uniforms: float32 (batch, m) in [0, 1).
     """
-    log_p = log_softmax(logits / controls.temperature[:, None, None])
+    scaled = logits / controls.temperature[:, None, None]
+    log_p = log_softmax(scaled)
     p = np.exp(log_p)
     token_weights = _powered(log_p, controls.token_beta)
     sampled = invert_cdf(token_weights, uniforms)
@@ -92,6 +94,7 @@ def draw(logits: Logits, controls: Controls, uniforms: Array) -> Draws:
         entropy=-(p * np.maximum(log_p, _LOWEST)).sum(axis=-1),
         top=two[..., 1],
         margin=two[..., 1] - two[..., 0],
+        log_normaliser=scaled.max(axis=-1) - log_p.max(axis=-1),
     )
 
 

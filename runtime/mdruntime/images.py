@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 
 from mdruntime.errors import ProviderError, SamplingError
 
-__all__ = ["check_target", "enlarge", "save_animation", "save_image", "sheet"]
+__all__ = [
+    "check_folder",
+    "check_target",
+    "enlarge",
+    "fitted",
+    "read_image",
+    "save_animation",
+    "save_image",
+    "sheet",
+]
 
 Image = NDArray[np.uint8]  # (height, width, 3)
 
@@ -43,12 +52,47 @@ def check_target(path: Path, *, moving: bool = False) -> None:
     suffixes = _MOVING if moving else _STILL
     if path.suffix.lower() not in suffixes:
         raise SamplingError(f"{str(path)!r} must end in one of {', '.join(suffixes)}")
+    check_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a file that could not be written for its folder's sake.
+
+    Raises:
+        SamplingError: the folder does not exist, or the path is a folder itself.
+        PermissionError: the folder cannot be written to.
+    """
     if not path.parent.is_dir():
         raise SamplingError(f"the folder {str(path.parent)!r} does not exist; create it first")
     if path.is_dir():
         raise SamplingError(f"{str(path)!r} is a folder; name a file in it")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"the folder {str(path.parent)!r} cannot be written to; name another")
+
+
+def read_image(path: Path) -> Image:
+    """Read an image file.
+
+    Raises:
+        SamplingError: there is no such file, or it is not an image.
+        ProviderError: Pillow is not installed.
+    """
+    pillow = _pillow()
+    try:
+        with pillow.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise SamplingError(f"the image {str(path)!r} does not exist") from None
+    except (OSError, ValueError, pillow.DecompressionBombError) as error:
+        raise SamplingError(f"{str(path)!r} is not an image that can be read ({error})") from None
+
+
+def fitted(image: Image, height: int, width: int) -> Image:
+    """Return an image resized and cropped at its centre to a size."""
+    from PIL import ImageOps
+
+    page = _pillow().fromarray(image)
+    return np.asarray(ImageOps.fit(page, (width, height)))
 
 
 def enlarge(images: NDArray[np.uint8], scale: int = 0) -> NDArray[np.uint8]:

@@ -6,6 +6,7 @@ newline) and carries the SHA-256 of itself without its last field, so that any a
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -22,21 +23,24 @@ __all__ = [
     "GraphSpec",
     "ImageSpec",
     "Manifest",
+    "PromptSpec",
     "TensorSpec",
+    "TextSpec",
     "VerificationRecord",
     "WeightsSpec",
     "dump",
     "parse",
 ]
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class ContextRow:
-    """A row of the canvas that holds the class label instead of a token.
+    """A row of the canvas that holds something else than tokens: a class label, a register.
 
-    Its id is ``offset + label``, or ``dropped`` for the unconditional rows of guidance.
+    Its id is ``offset + label``; ``dropped`` without a label, in the unconditional rows of
+    guidance, and wherever the row has nothing to do with labels (``offset`` is -1 then).
     """
 
     position: int
@@ -46,19 +50,31 @@ class ContextRow:
 
 @dataclass(frozen=True, slots=True)
 class DenoiserSpec:
-    """The canvas of a denoiser and the shape of its K/V caches."""
+    """The canvas of a denoiser.
 
-    length: int  # tokens
-    canvas: int  # rows: tokens and context rows
+    A *row* of the canvas is what the transformer sees as one position. It holds one token, or a
+    ``patch`` of the grid's tokens, side by side.
+    """
+
+    length: int  # tokens; the most of them where the canvas is flexible
+    canvas: int  # rows: those of tokens, and context rows
     first: int  # row of the first token; the others follow it
     grid: tuple[int, ...]  # (height, width) in tokens, or (length,)
+    patch: tuple[int, ...]  # tokens of a row along the axes of the grid; mostly (1, 1) or (1,)
     codebook: int  # ids 0 to codebook - 1 can be drawn
     mask_token: int
-    classes: int  # 0: unconditional
+    classes: int  # 0: no class labels
     layers: int
-    heads: int
-    head_size: int
     context: tuple[ContextRow, ...]
+    unconditional: bool = True  # whether a sample may go without its label or prompt
+    flexible: bool = False  # whether canvases may be shorter (text)
+    visible: bool = False  # whether passes need to know which rows are not hidden (``visible``)
+    refresh_context: bool = False  # whether every pass recomputes the context rows too
+
+    @property
+    def slots(self) -> int:
+        """Tokens that share a row."""
+        return math.prod(self.patch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +105,28 @@ class ImageSpec:
 
     height: int
     width: int
+    factor: int  # pixels on a side of the square that a token describes; 0: it has no place
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """How text becomes tokens of the canvas, and back."""
+
+    tokenizer: str  # file of the bundle in the format of the tokenizers package, or "bytes"
+    begin: int = -1  # token that begins a text; -1: none
+    end: int = -1  # token that ends a text; -1: none
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSpec:
+    """How a prompt becomes the input of the condition graph."""
+
+    tokenizer: str  # file of the bundle in the format of the tokenizers package
+    vocabulary: int  # number of ids
+    length: int  # tokens of a prompt, padding included
+    begin: int
+    end: int
+    pad: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +175,9 @@ class Manifest:
     precision: str
     weights: WeightsSpec
     denoiser: DenoiserSpec
-    image: ImageSpec
+    image: ImageSpec | None
+    text: TextSpec | None
+    prompt: PromptSpec | None
     graphs: dict[str, GraphSpec]
     buckets: tuple[int, ...]  # rows per pass for which static engines are built
     presets: dict[str, Sampling]
@@ -148,7 +188,8 @@ class Manifest:
 
     def __post_init__(self) -> None:
         """Refuse paths that could leave the bundle."""
-        for path in [*self.files, *self._graph_files()]:
+        tokenizers = [spec.tokenizer for spec in (self.text, self.prompt) if spec is not None]
+        for path in [*self.files, *self._graph_files(), *tokenizers]:
             _check_path(path)
         for path in self._graph_files():
             if path not in self.files:

@@ -6,11 +6,19 @@ from typing import Any
 
 from mdruntime.errors import SamplingError
 from mdruntime.guidance import GUIDANCE_SCHEDULES
-from mdruntime.images import check_target
+from mdruntime.images import check_folder, check_target
 from mdruntime.order import HYBRID, ORDERS
 from mdruntime.schedule import SCHEDULES
 
-__all__ = ["add_sampling_flags", "check_request", "columns", "labels", "sampling_changes"]
+__all__ = [
+    "add_sampling_flags",
+    "check_images",
+    "check_numbers",
+    "check_texts",
+    "columns",
+    "labels",
+    "sampling_changes",
+]
 
 _MOST_LABELS = 1_000_000  # more are a slip of the keyboard, and would fill the memory
 
@@ -35,7 +43,9 @@ _FLAGS: tuple[tuple[str, _Parser, str, str], ...] = (
     ("exploration_order", str, "NAME", "the hybrid's order of spread-out positions"),
     ("exploration", _share, "A[:B]", "the hybrid's exploring share, from first to last round"),
     ("alpha", float, "A", "choice temperature; tokens get temperature A / (1 + A)"),
+    ("annealing", str, "HOW", "how alpha falls over the rounds: linear, linear-full, none"),
     ("temperature", float, "T", "softmax temperature of the denoiser"),
+    ("temperature_decay", float, "F", "factor of the temperature in the last round"),
     ("tokens", str, "LAW", "draw tokens plain, tempered, or as the order has it: order"),
     ("substeps", int, "N", "partial caching: parts into which a round's positions are split"),
     ("refresh", str, "ROWS", "rows a partial pass recomputes: chosen, recent"),
@@ -54,17 +64,11 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     for name, read, metavar, text in _FLAGS:
         flag = f"--{name.replace('_', '-')}"
         group.add_argument(flag, type=read, metavar=metavar, help=text.replace("%", "%%"))
-    group.add_argument(
-        "--annealing",
-        action=argparse.BooleanOptionalAction,
-        help="lower alpha to 0 over the rounds",
-    )
 
 
 def sampling_changes(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of ``Sampling`` that were given."""
-    names = [*(name for name, *_ in _FLAGS), "annealing"]
-    given = {name: getattr(options, name) for name in names}
+    given = {name: getattr(options, name) for name, *_ in _FLAGS}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -84,19 +88,12 @@ def labels(text: str) -> list[int]:
     return found
 
 
-def check_request(options: argparse.Namespace) -> None:
-    """Refuse what could only fail after the work is done.
+def check_numbers(options: argparse.Namespace) -> None:
+    """Refuse counts out of range.
 
     Raises:
-        SamplingError: nothing to write, the same file twice, or a number out of range.
+        SamplingError: naming the flag, its range and what was found.
     """
-    if options.output is None and options.animate is None:
-        raise SamplingError("nothing to write: pass -o FILE.png, or --animate FILE.gif")
-    if options.output == options.animate:
-        raise SamplingError(f"--output and --animate must differ, got {str(options.output)!r}")
-    for path, moving in ((options.output, False), (options.animate, True)):
-        if path is not None:
-            check_target(path, moving=moving)
     for name, low, high in (
         ("count", 1, _MOST_LABELS),
         ("batch_size", 1, _MOST_LABELS),
@@ -106,6 +103,37 @@ def check_request(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if not low <= value <= high:
             raise SamplingError(f"{name} must be between {low} and {high}, got {value}")
+
+
+def check_images(options: argparse.Namespace) -> None:
+    """Refuse what could only fail after the images are made.
+
+    Raises:
+        SamplingError: nothing to write, the same file twice, or flags of text models.
+    """
+    if options.infill is not None or options.length or options.stream:
+        raise SamplingError("this bundle makes images; leave --infill, --length and --stream out")
+    if options.output is None and options.animate is None:
+        raise SamplingError("nothing to write: pass -o FILE.png, or --animate FILE.gif")
+    if options.output == options.animate:
+        raise SamplingError(f"--output and --animate must differ, got {str(options.output)!r}")
+    for path, moving in ((options.output, False), (options.animate, True)):
+        if path is not None:
+            check_target(path, moving=moving)
+
+
+def check_texts(options: argparse.Namespace) -> None:
+    """Refuse what could only fail after the texts are written.
+
+    Raises:
+        SamplingError: flags of image models, or a folder that does not exist.
+    """
+    if options.labels is not None or options.animate is not None or options.negative_prompt:
+        raise SamplingError(
+            "this bundle makes text; leave --labels, --animate and --negative-prompt out"
+        )
+    if options.output is not None:
+        check_folder(options.output)
 
 
 def columns(options: argparse.Namespace) -> int:

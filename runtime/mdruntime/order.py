@@ -40,7 +40,7 @@ class Order:
 
     summary: str
     score: Callable[[View], Scores]
-    tempered: bool = False  # tokens from p^beta rather than from p
+    law: str = "plain"  # of the tokens: from p, "tempered" p^beta, or "annealed" p^(1/alpha)
     known: bool = False  # the ranking does not depend on the denoiser
     draws_first: bool = False  # tokens are drawn before positions are chosen: no partial caching
 
@@ -53,6 +53,15 @@ def moment(view: View) -> Scores:
 def maskgit(view: View) -> Scores:
     """Confidence of the drawn token plus ``alpha`` times Gumbel noise (Chang et al. 2022)."""
     return view.draws.log_prob + view.alpha[:, None] * view.gumbels
+
+
+def titok(view: View) -> Scores:
+    """Logit of the drawn token plus ``alpha`` times Gumbel noise (Yu et al. 2024, TiTok).
+
+    Unlike MaskGIT's confidence a logit is not normalised: positions compete by their scale too.
+    """
+    logits = view.draws.log_prob + view.draws.log_normaliser
+    return logits + view.alpha[:, None] * view.gumbels
 
 
 def top_probability(view: View) -> Scores:
@@ -98,11 +107,12 @@ def random(view: View) -> Scores:
 
 
 ORDERS = {
-    "moment": Order("moment sampler: like MaskGIT, but positions first", moment, tempered=True),
+    "moment": Order("moment sampler: like MaskGIT, but positions first", moment, law="tempered"),
     "u-moment": Order("positions of the moment sampler, unbiased tokens", moment),
     "maskgit": Order("sample-then-choose, the original", maskgit, draws_first=True),
     "maskgit-exact": Order("MaskGIT's law, positions first", maskgit),
-    "temperature": Order("random positions, tempered tokens", random, tempered=True, known=True),
+    "titok": Order("TiTok's: logits for confidence", titok, law="annealed", draws_first=True),
+    "temperature": Order("random positions, tempered tokens", random, law="tempered", known=True),
     "vanilla": Order("random positions, plain tokens", random, known=True),
     "random": Order("another name of vanilla", random, known=True),
     "top-probability": Order("largest probability first", top_probability),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mdruntime.errors import BundleError, ProviderError, SamplingError
-from mdruntime.manifest import GraphSpec
+from mdruntime.manifest import GraphSpec, TensorSpec
 from mdruntime.session import Feeds, Outputs
 
 __all__ = ["OrtSession", "available_threads", "import_onnxruntime"]
@@ -106,12 +106,18 @@ class OrtSession:
         self._device = "cuda" if provider == "cuda" else "cpu"
         self._caches: dict[str, Any] = {}
         self._capacity = 0
+        self._canvas = 0
+
+    def start(self, canvas: int) -> None:
+        """Make the next passes go over canvases of this many rows."""
+        if canvas != self._canvas:
+            self._canvas, self._capacity = canvas, 0
 
     def clone(self) -> "OrtSession":
         """Return a session on the same weights with caches of its own."""
         twin = object.__new__(OrtSession)
         twin.provider, twin._spec, twin._session = self.provider, self._spec, self._session
-        twin._device, twin._caches, twin._capacity = self._device, {}, 0
+        twin._device, twin._caches, twin._capacity, twin._canvas = self._device, {}, 0, 0
         return twin
 
     def close(self) -> None:
@@ -145,16 +151,25 @@ class OrtSession:
         shapes = {tensor.name: tensor for tensor in self._spec.inputs}
         for before, after in self._spec.caches:
             tensor, buffer = shapes[before], self._caches[before]
-            where = (self._device, 0, np.dtype(tensor.dtype).type, [rows, *tensor.shape[1:]])
+            where = (self._device, 0, np.dtype(tensor.dtype).type, self._shape(tensor, rows))
             binding.bind_input(before, *where, buffer.data_ptr())
             binding.bind_output(after, *where, buffer.data_ptr())
 
+    def _shape(self, tensor: TensorSpec, rows: int) -> list[int]:
+        """Return the shape of a cache; the only free axis besides the rows is the canvas."""
+        inner = [size if isinstance(size, int) else self._canvas for size in tensor.shape[1:]]
+        return [rows, *inner]
+
     def _allocate(self, rows: int) -> None:
         runtime = import_onnxruntime()
-        shapes = {tensor.name: tensor for tensor in self._spec.inputs}
+        tensors = {tensor.name: tensor for tensor in self._spec.inputs}
+        self._caches = {}  # the old ones go before the new ones come
         self._caches = {
             name: runtime.OrtValue.ortvalue_from_shape_and_type(
-                [rows, *shapes[name].shape[1:]], np.dtype(shapes[name].dtype).type, self._device, 0
+                self._shape(tensors[name], rows),
+                np.dtype(tensors[name].dtype).type,
+                self._device,
+                0,
             )
             for name, _ in self._spec.caches
         }

@@ -13,7 +13,7 @@ known-order decoding are three plans of this one form:
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from mdruntime.schedule import hidden_counts
+from mdruntime.schedule import Schedule
 
 __all__ = ["Plan", "Round", "make_plan", "pass_rows", "split"]
 
@@ -28,18 +28,17 @@ def split(count: int, parts: int) -> Round:
 
 
 def make_plan(
-    schedule: str, rounds: int, hidden: int, *, substeps: int = 1, refresh_interval: int = 1
+    hidden: int, schedule: Schedule, *, substeps: int = 1, refresh_interval: int = 1
 ) -> Plan:
     """Return the plan for a canvas with ``hidden`` masked tokens.
 
     Args:
-        schedule: name of the unmasking schedule.
-        rounds: rounds of the schedule.
         hidden: masked tokens at the start.
+        schedule: tokens still hidden after each round.
         substeps: parts into which a round's positions are split.
         refresh_interval: rounds of the schedule that share one full pass.
     """
-    left = [hidden, *hidden_counts(schedule, rounds, hidden).tolist()]
+    left = [hidden, *schedule.tolist()]
     counts = [before - after for before, after in pairwise(left)]
     parts = [split(count, substeps) for count in counts]
     return [

@@ -24,6 +24,8 @@ class Purpose(IntEnum):
     POSITION = 1  # the Gumbel noise of a position's score
     PERMUTATION = 2  # orders that are drawn before the first pass
     REDRAW = 3  # the second token of MaskGIT's exact choose-then-sample form
+    SCHEDULE = 4  # the round in which an ancestral sampler reveals a token
+    EDIT = 5  # the tokens that a variation of an image hides
 
 
 class Randomness:

@@ -100,7 +100,11 @@ def _read_tuple(arguments: tuple[Any, ...], data: Any, where: str) -> tuple[Any,
 
 
 def _read_union(arguments: tuple[Any, ...], data: Any, where: str) -> Any:
+    if data is None and type(None) in arguments:
+        return None
     for kind in arguments:
+        if is_dataclass(kind):
+            return _read(kind, data, where)
         if type(data) is kind:
             return data
     names = " or ".join(kind.__name__ for kind in arguments)

@@ -4,8 +4,9 @@ After every pass it yields a ``Step``: progress, animation, early stop and count
 follow from that. Nothing here knows a model; ``denoise`` is a callable.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +18,20 @@ from mdruntime.order import View
 from mdruntime.plan import Plan, Round, make_plan
 from mdruntime.randomness import Purpose, Randomness
 from mdruntime.sampling import Sampling
+from mdruntime.schedule import ANCESTRAL, Schedule, draw_schedules
 from mdruntime.turn import Clock, Turn
 
-__all__ = ["Canvas", "Denoise", "Pass", "Result", "Step", "Tokens", "unmask"]
+__all__ = [
+    "Canvas",
+    "Denoise",
+    "Pass",
+    "Positions",
+    "Result",
+    "Step",
+    "Tokens",
+    "padded",
+    "unmask",
+]
 
 Tokens = NDArray[np.int32]  # (batch, length); the mask token where a position is still hidden
 
@@ -37,7 +49,7 @@ class Canvas:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """A request to the denoiser: recompute some rows of some samples.
+    """A request to the denoiser: recompute some tokens' rows of some samples.
 
     The samples change only when a full pass begins, so that a partial pass finds the cache rows
     as the full pass before it laid them out.
@@ -46,14 +58,15 @@ class Pass:
     samples: Positions  # (active,), indices into the batch
     positions: Positions | None  # (active, m), or None for a full pass over the canvas
     tokens: Tokens  # (active, m), or (active, length)
+    wanted: Positions  # (active, k), the positions to draw tokens at; some of those above
     controls: Controls
-    uniforms: NDArray[np.float32]  # like tokens
+    uniforms: NDArray[np.float32]  # (active, k)
     logits: bool  # whether the guided logits are wanted too
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The denoiser's answer, aligned with the tokens of the request."""
+    """The denoiser's answer, aligned with the positions that were wanted."""
 
     draws: Draws
     logits: Logits | None = None
@@ -90,7 +103,7 @@ def unmask(
         SamplingError: more rounds than the canvas has tokens.
         VerificationError: the denoiser returned NaN or infinity.
     """
-    if sampling.rounds > canvas.length:
+    if sampling.rounds > canvas.length and sampling.schedule != ANCESTRAL:
         raise SamplingError(
             f"rounds must be at most {canvas.length} (the tokens of the canvas), "
             f"got {sampling.rounds}"
@@ -107,8 +120,9 @@ def _rounds(
 ) -> Iterator[Step]:
     hidden = tokens == canvas.mask_token
     start = hidden.sum(axis=1)
-    clock = Clock(sampling, start)
-    plans = [_plan(sampling, count) for count in start.tolist()]
+    schedules = draw_schedules(sampling.schedule, sampling.rounds, start, randomness)
+    clock = Clock(sampling, start, schedules)
+    plans = [_plan(sampling, *pair) for pair in zip(start.tolist(), schedules, strict=True)]
     index = passes = 0
     while hidden.any():
         active = np.flatnonzero(hidden.any(axis=1))
@@ -123,13 +137,9 @@ def _rounds(
         index += 1
 
 
-def _plan(sampling: Sampling, hidden: int) -> Plan:
+def _plan(sampling: Sampling, hidden: int, schedule: Schedule) -> Plan:
     return make_plan(
-        sampling.schedule,
-        sampling.rounds,
-        hidden,
-        substeps=sampling.substeps,
-        refresh_interval=sampling.refresh_interval,
+        hidden, schedule, substeps=sampling.substeps, refresh_interval=sampling.refresh_interval
     )
 
 
@@ -150,21 +160,34 @@ class _Round:
         hidden = tokens[self.active] == self.canvas.mask_token
         return self.clock.turn(self.active, hidden.sum(axis=1))
 
+    def view(self, draws: Draws, turn: Turn) -> View:
+        """Return what orders may look at; ``draws`` cover the whole canvas."""
+        return View(
+            draws=draws,
+            gumbels=self.randomness.gumbels(self.index, self.canvas.length),
+            alpha=turn.alpha,
+            grid=self.canvas.grid,
+            randomness=self.randomness,
+        )
+
     def run(
-        self, tokens: Tokens, part: int, controls: Controls, positions: Positions | None = None
+        self,
+        tokens: Tokens,
+        part: int,
+        controls: Controls,
+        wanted: Positions,
+        positions: Positions | None = None,
     ) -> Result:
         """Run one pass over ``positions`` (active, m), or over the whole canvas."""
-        uniforms = self.uniforms(Purpose.TOKEN, part)
+        uniforms = np.take_along_axis(self.uniforms(Purpose.TOKEN, part), wanted, axis=1)
         rows = tokens[self.active]
         if positions is not None:
-            uniforms = np.take_along_axis(uniforms, positions, axis=1)
             rows = np.take_along_axis(rows, positions, axis=1)
         result = self.denoise(
-            Pass(self.active, positions, rows, controls, uniforms, self.sampling.exact)
+            Pass(self.active, positions, rows, wanted, controls, uniforms, self.sampling.exact)
         )
-        hidden = rows == self.canvas.mask_token
         draws = result.draws
-        if not np.isfinite([draws.log_moment[hidden], draws.entropy[hidden]]).all():
+        if not np.isfinite([draws.log_moment, draws.entropy]).all():
             raise VerificationError(
                 f"the denoiser returned NaN or infinite logits in round {self.index + 1}; "
                 "check the bundle with 'mdruntime verify'"
@@ -180,48 +203,66 @@ class _Round:
 def _play(state: _Round, counts: list[Round], tokens: Tokens) -> Iterator[NDArray[np.bool_]]:
     """Run the passes of a round, writing into ``tokens``; yield what each revealed."""
     turn = state.turn(tokens)
-    result = state.run(tokens, 0, turn.controls)
-    view = View(
-        draws=result.draws,
-        gumbels=state.randomness.gumbels(state.index, state.canvas.length),
-        alpha=turn.alpha,
-        grid=state.canvas.grid,
-        randomness=state.randomness,
-    )
     hidden = tokens[state.active] == state.canvas.mask_token
-    chosen = choose(state.sampling, counts, turn, view, hidden)
-    positions = np.tile(np.arange(state.canvas.length), (len(state.active), 1))
+    nothing = _on_canvas(None, np.zeros((len(hidden), 0), np.int64), state.canvas.length)
+    view = state.view(nothing, turn)
+    if state.sampling.known:  # then only the positions to be revealed need a token
+        chosen = choose(state.sampling, counts, turn, view, hidden)
+        wanted = padded([parts[0] for parts in chosen])
+        result = state.run(tokens, 0, turn.controls, wanted)
+    else:
+        wanted = padded([np.flatnonzero(row) for row in hidden])
+        result = state.run(tokens, 0, turn.controls, wanted)
+        view = state.view(_on_canvas(result.draws, wanted, state.canvas.length), turn)
+        chosen = choose(state.sampling, counts, turn, view, hidden)
     for part in range(max(map(len, chosen))):
         if part:
+            wanted = padded([parts[min(part, len(parts) - 1)] for parts in chosen])
             positions = _refreshed(state.sampling.refresh, chosen, part)
             # The rows of guidance are laid out by the full pass: its weight holds for all of these.
             controls = state.turn(tokens).controls._replace(guidance=turn.controls.guidance)
-            result = state.run(tokens, part, controls, positions)
+            result = state.run(tokens, part, controls, wanted, positions)
         drawn = result.draws.sampled
         if state.sampling.exact:
-            drawn = _redraw(state, view, result, positions, part)
+            drawn = _redraw(state, turn, view, result, wanted, part)
         revealed = [parts[part : part + 1] for parts in chosen]
-        yield _reveal(
-            tokens, state.active, revealed, _spread(drawn, positions, state.canvas.length)
-        )
+        yield _reveal(tokens, state.active, revealed, _spread(drawn, wanted, state.canvas.length))
 
 
 def _refreshed(refresh: str, chosen: list[list[Positions]], part: int) -> Positions:
-    """Return (active, m): the rows that a partial pass recomputes.
+    """Return (active, m): the tokens whose rows a partial pass recomputes.
 
-    A sample with fewer rows than others repeats one: the same values are written twice. One that
-    has no part left recomputes what the next full pass will overwrite.
+    A sample that has no part left recomputes what the next full pass will overwrite.
     """
-    rows = [
-        np.concatenate(parts if refresh == "chosen" else parts[part - 1 : part + 1] or parts[-1:])
-        for parts in chosen
-    ]
+    return padded(
+        [
+            np.concatenate(
+                parts if refresh == "chosen" else parts[part - 1 : part + 1] or parts[-1:]
+            )
+            for parts in chosen
+        ]
+    )
+
+
+def padded(rows: Sequence[Positions]) -> Positions:
+    """Return rows of different lengths as one array, each padded by repeating its last number.
+
+    What a pass computes twice is the same, and written twice to the same place.
+    """
     width = max(map(len, rows))
-    return np.stack([np.pad(row, (0, width - len(row)), mode="edge") for row in rows])
+    return np.stack([np.append(row, np.repeat(row[-1:], width - len(row))) for row in rows])
+
+
+def _on_canvas(draws: Draws | None, positions: Positions, length: int) -> Draws:
+    """Return draws (active, length) with those given at their positions and zero elsewhere."""
+    if draws is None:
+        zeros = np.zeros((len(positions), length), np.float32)
+        return Draws(zeros.astype(np.int32), *[zeros] * (len(Draws._fields) - 1))
+    return Draws(*(_spread(values, positions, length) for values in draws))
 
 
 def _redraw(
-    state: _Round, view: View, result: Result, positions: Positions, part: int
+    state: _Round, turn: Turn, view: View, result: Result, positions: Positions, part: int
 ) -> NDArray[np.int32]:
     """Draw tokens by MaskGIT's exact choose-then-sample law (sampler head, ``draw_thinned``)."""
     if result.logits is None:
@@ -230,17 +271,17 @@ def _redraw(
     log_wait = -view.draws.log_prob / alpha - view.gumbels
     return draw_thinned(
         result.logits,
-        np.full(len(state.active), state.sampling.temperature, np.float32),
+        turn.controls.temperature,  # of the full pass, in which the scores were drawn
         view.alpha,
         np.take_along_axis(log_wait, positions, axis=1),
         np.take_along_axis(state.uniforms(Purpose.REDRAW, part), positions, axis=1),
     )
 
 
-def _spread(drawn: NDArray[np.int32], positions: Positions, length: int) -> NDArray[np.int32]:
-    """Return (active, length) with the drawn tokens at their positions."""
-    canvas = np.zeros((len(drawn), length), np.int32)
-    np.put_along_axis(canvas, positions, drawn, axis=1)
+def _spread(values: NDArray[Any], positions: Positions, length: int) -> NDArray[Any]:
+    """Return (active, length) with ``values`` (active, k) at their positions."""
+    canvas = np.zeros((len(values), length), values.dtype)
+    np.put_along_axis(canvas, positions, values, axis=1)
     return canvas
 
 

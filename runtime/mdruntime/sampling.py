@@ -17,6 +17,7 @@ _RANGES: tuple[tuple[str, type, float, float], ...] = (  # field, kind, smallest
     ("alpha", float, 0, 1000),
     ("entropy_bound", float, 0, 1e6),
     ("temperature", float, 0.01, 100),
+    ("temperature_decay", float, 0.01, 100),
     ("guidance", float, 0, 100),
     ("guidance_power", float, 0, 100),
 )
@@ -28,6 +29,7 @@ _CHOICES = (  # field, values
     ("guidance_schedule", GUIDANCE_SCHEDULES),
     ("refresh", ("chosen", "recent")),
     ("tokens", ("order", "plain", "tempered")),
+    ("annealing", ("linear", "linear-full", "none")),
 )
 
 
@@ -52,10 +54,14 @@ class Sampling:
     """Share of the hybrid's positions that explore, in the first and in the last round."""
     alpha: float = 4.5
     """MaskGIT's choice temperature; token temperature is alpha / (1 + alpha) (section 3)."""
-    annealing: bool = True
-    """Lower alpha linearly to 0 in the last round, as MaskGIT does."""
+    annealing: str = "linear"
+    """How alpha falls to 0 in the last round: ``linear``, in n steps, so that the first round has
+    alpha (n - 1) / n (Chang et al. 2022); ``linear-full``, from all of alpha in the first round
+    (valeoai, aMUSEd); or ``none``, alpha stays."""
     temperature: float = 1.0
     """Softmax temperature of the denoiser itself, before anything else."""
+    temperature_decay: float = 1.0
+    """Factor that the softmax temperature has reached in the last round, linearly."""
     tokens: str = "order"
     """Tokens from ``plain`` p, from ``tempered`` p^(1 + 1/alpha), or as the ``order`` has it."""
     substeps: int = 1
@@ -112,9 +118,9 @@ class Sampling:
             shared or self.order == HYBRID or self.entropy_bound
         ):
             raise SamplingError(
-                "order 'maskgit' draws tokens before it chooses positions, which rules out "
-                "partial caching, hybrids and entropy bounds; use 'maskgit-exact' (the same law) "
-                "or 'moment'"
+                f"order {self.parents[0]!r} draws tokens before it chooses positions, which rules "
+                "out partial caching, hybrids and entropy bounds; use 'maskgit-exact' (MaskGIT's "
+                "law) or 'moment'"
             )
         if self.exact and self.tokens != "order":
             raise SamplingError(
@@ -129,11 +135,14 @@ class Sampling:
         return (self.order,)
 
     @property
-    def tempered(self) -> bool:
-        """Whether tokens are drawn from p^beta rather than from p."""
-        if self.tokens == "order":
-            return find_order(self.parents[0]).tempered
-        return self.tokens == "tempered"
+    def law(self) -> str:
+        """Law of the tokens: ``plain`` p, ``tempered`` p^beta or ``annealed`` p^(1/alpha)."""
+        return find_order(self.parents[0]).law if self.tokens == "order" else self.tokens
+
+    @property
+    def known(self) -> bool:
+        """Whether positions can be chosen before the denoiser has run."""
+        return all(find_order(name).known for name in self.parents) and not self.entropy_bound
 
     @property
     def exact(self) -> bool:

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdruntime.errors import SamplingError
+from mdruntime.randomness import Purpose, Randomness
 
-__all__ = ["SCHEDULES", "Schedule", "hidden_counts"]
+__all__ = ["ANCESTRAL", "SCHEDULES", "Schedule", "draw_schedules", "hidden_counts"]
 
 Schedule = NDArray[np.int64]  # (rounds,); tokens still hidden after each round
 _Curve = Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -41,7 +42,34 @@ _REVEAL_WEIGHT: dict[str, _Curve] = {
     "v1-root": lambda left: 1 - np.sqrt(left),
 }
 
-SCHEDULES = (*_MASK_RATIO, "halton", *_REVEAL_WEIGHT)
+ANCESTRAL = "ancestral"
+"""Not a fixed array: every token draws its round, all of them equally likely (Sahoo et al. 2024,
+arXiv 2406.07524: from time t to s a hidden token is revealed with probability (t - s) / t)."""
+
+SCHEDULES = (*_MASK_RATIO, "halton", *_REVEAL_WEIGHT, ANCESTRAL)
+
+
+def draw_schedules(
+    name: str, rounds: int, hidden: Schedule, randomness: Randomness
+) -> list[Schedule]:
+    """Return the schedule of every sample of a batch.
+
+    Args:
+        name: one of ``SCHEDULES``.
+        rounds: as in ``hidden_counts``. Ancestral rounds that reveal nothing are left out: the
+            canvas, and with it the denoiser's answer, would be the same.
+        hidden: masked tokens of each sample at the start, (batch,).
+        randomness: of the samples; used by ``ANCESTRAL`` alone.
+    """
+    if name != ANCESTRAL:
+        return [hidden_counts(name, rounds, count) for count in hidden.tolist()]
+    uniforms = randomness.uniforms(Purpose.SCHEDULE, 0, max(1, int(hidden.max(initial=0))))
+    turns = np.minimum((uniforms.astype(np.float64) * rounds).astype(np.int64), rounds - 1)
+    schedules = []
+    for row, count in zip(turns, hidden.tolist(), strict=True):
+        revealed = np.bincount(row[:count], minlength=rounds)
+        schedules.append(count - np.cumsum(revealed[revealed > 0]))
+    return schedules
 
 
 def hidden_counts(name: str, rounds: int, hidden: int) -> Schedule:
@@ -58,6 +86,8 @@ def hidden_counts(name: str, rounds: int, hidden: int) -> Schedule:
     """
     if name not in SCHEDULES:
         raise SamplingError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name!r}")
+    if name == ANCESTRAL:
+        raise SamplingError("an ancestral schedule is drawn, sample by sample: use draw_schedules")
     if rounds < 1:
         raise SamplingError(f"rounds must be at least 1, got {rounds}")
     rounds = min(rounds, hidden)

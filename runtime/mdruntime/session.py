@@ -27,6 +27,9 @@ class Session(Protocol):
 
     provider: str
 
+    def start(self, canvas: int) -> None:
+        """Say that the next passes are over canvases of this many rows, from a full pass on."""
+
     def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
         """Run the graph once and return the outputs named in ``fetch``."""
 
@@ -45,6 +48,9 @@ class FunctionSession:
     def __init__(self, function: Callable[[Feeds], Mapping[str, Array]]) -> None:
         """Take the function from feeds to outputs."""
         self.function = function
+
+    def start(self, canvas: int) -> None:
+        """Do nothing: a function keeps no caches."""
 
     def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
         """Call the function and return the outputs named in ``fetch``."""

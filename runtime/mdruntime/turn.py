@@ -1,5 +1,6 @@
 """Where each sample stands in its trajectory, and the numbers of a pass that follow from it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,13 +9,16 @@ from numpy.typing import NDArray
 from mdruntime.guidance import guidance_weights
 from mdruntime.head import Controls
 from mdruntime.sampling import Sampling
-from mdruntime.schedule import hidden_counts
+from mdruntime.schedule import Schedule
 
-__all__ = ["BETA_CAP", "Clock", "Turn"]
+__all__ = ["BETA_CAP", "GREEDY", "Clock", "Turn"]
 
 BETA_CAP = 100.0
 """Largest exponent of p. 1 + 1/alpha grows without limit as alpha falls to 0; at 100 a token of
 half the best one's probability is drawn with probability 1e-30 already."""
+
+GREEDY = 1e6
+"""Exponent of p at which only the likeliest token is drawn, up to the rounding of float32."""
 
 Counts = NDArray[np.int64]
 
@@ -36,13 +40,11 @@ class Clock:
     revealed tokens tells the time, on a clock of ``sampling.rounds``.
     """
 
-    def __init__(self, sampling: Sampling, start: Counts) -> None:
-        """Take the tokens hidden at the start, (batch,)."""
+    def __init__(self, sampling: Sampling, start: Counts, schedules: Sequence[Schedule]) -> None:
+        """Take the tokens hidden at the start, (batch,), and the schedule of each sample."""
         self._sampling = sampling
         self._start = start
-        self._schedules = [
-            hidden_counts(sampling.schedule, sampling.rounds, count) for count in start.tolist()
-        ]
+        self._schedules = schedules
 
     def turn(self, samples: Counts, left: Counts) -> Turn:
         """Return the numbers of a pass.
@@ -67,8 +69,8 @@ class Clock:
 
 
 def _turn(sampling: Sampling, turn: Counts, turns: Counts, last: NDArray[np.bool_]) -> Turn:
-    annealed = 1 - (turn + 1) / turns if sampling.annealing else np.ones(len(turn))
-    alpha = sampling.alpha * annealed
+    part = turn / np.maximum(turns - 1, 1)
+    alpha = sampling.alpha * _annealed(sampling.annealing, turn, turns)
     first, final = sampling.exploration
     guidance = guidance_weights(
         sampling.guidance_schedule,
@@ -78,32 +80,43 @@ def _turn(sampling: Sampling, turn: Counts, turns: Counts, last: NDArray[np.bool
         power=sampling.guidance_power,
         interval=sampling.guidance_interval,
     )
+    temperature = sampling.temperature * (1 + (sampling.temperature_decay - 1) * part)
+    beta, token_beta = _exponents(sampling, alpha, last)
     return Turn(
         alpha=alpha,
-        exploration=first + (final - first) * turn / np.maximum(turns - 1, 1),
-        controls=_controls(sampling, alpha, last, guidance),
+        exploration=first + (final - first) * part,
+        controls=Controls(
+            guidance=guidance,
+            temperature=temperature.astype(np.float32),
+            beta=beta.astype(np.float32),
+            token_beta=token_beta.astype(np.float32),
+        ),
     )
 
 
-def _controls(
-    sampling: Sampling,
-    alpha: NDArray[np.float64],
-    last: NDArray[np.bool_],
-    guidance: NDArray[np.float32],
-) -> Controls:
-    """Return the head's controls.
+def _annealed(annealing: str, turn: Counts, turns: Counts) -> NDArray[np.float64]:
+    """Return the share of alpha that holds in each sample's round."""
+    if annealing == "none":
+        return np.ones(len(turn))
+    if annealing == "linear":
+        return 1 - (turn + 1) / turns
+    return np.where(turns > 1, 1 - turn / np.maximum(turns - 1, 1), 0.0)
+
+
+def _exponents(
+    sampling: Sampling, alpha: NDArray[np.float64], last: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the exponents of moments and of tokens.
 
     Where all that is left is revealed, or alpha is 0, tokens come from plain p as in MaskGIT's
     last round: 1 + 1/alpha is not formed there. (Under an entropy bound it is not known before the
-    pass that all will be revealed; tokens stay tempered then if the order's are.)
+    pass that all will be revealed; tokens stay tempered then if the order's are.) TiTok's tokens
+    have the temperature alpha itself, and are the likeliest ones where alpha is 0.
     """
     positive = alpha > 0
-    beta = np.where(positive, 1 + 1 / np.where(positive, alpha, 1), BETA_CAP)
-    beta = np.minimum(beta, BETA_CAP).astype(np.float32)
-    tempered = positive & ~last & sampling.tempered
-    return Controls(
-        guidance=guidance,
-        temperature=np.full(len(alpha), sampling.temperature, np.float32),
-        beta=beta,
-        token_beta=np.where(tempered, beta, np.float32(1)),
-    )
+    inverse = 1 / np.where(positive, alpha, 1)
+    beta = np.minimum(np.where(positive, 1 + inverse, BETA_CAP), BETA_CAP)
+    if sampling.law == "annealed":
+        return beta, np.where(positive, np.minimum(inverse, GREEDY), GREEDY)
+    tempered = positive & ~last & (sampling.law == "tempered")
+    return beta, np.where(tempered, beta, 1.0)

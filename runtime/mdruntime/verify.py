@@ -15,25 +15,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdruntime.bundle import Bundle
+from mdruntime.denoiser import CONDITION, Condition, conditioner
 from mdruntime.errors import BundleError
 from mdruntime.head import Draws, log_softmax
-from mdruntime.session import Session, open_session
+from mdruntime.session import Outputs, Session, open_session
 
-__all__ = ["DECODER_VECTORS", "DENOISER_VECTORS", "FEEDS", "Verification", "verify", "write_passes"]
+__all__ = [
+    "CONDITIONED",
+    "DECODER_VECTORS",
+    "DENOISER_VECTORS",
+    "ENCODER_VECTORS",
+    "Verification",
+    "verify",
+    "write_passes",
+]
 
 DENOISER_VECTORS = "verify/denoiser.npz"
 DECODER_VECTORS = "verify/decoder.npz"
-FEEDS = (
-    "tokens",
-    "positions",
-    "conditional",
-    "unconditional",
-    "guidance",
-    "temperature",
-    "beta",
-    "token_beta",
-    "uniforms",
-)
+ENCODER_VECTORS = "verify/encoder.npz"
+CONDITIONED = "conditioned"
+"""Among a pass's arrays: the input of the condition graph, row by row."""
+
 _EXACT_DB = 200.0  # reported for images that are equal, whose PSNR is infinite
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -70,13 +72,14 @@ class Verification:
         return found
 
 
-_AT_LEAST = ("token_agreement", "psnr_db")
+_AT_LEAST = ("token_agreement", "psnr_db", "encoder_agreement")
 
 
 def write_passes(path: Path, passes: Sequence[Arrays]) -> None:
-    """Write recorded passes: of each its ``FEEDS``, the head's outputs, and some logits.
+    """Write recorded passes: of each its feeds, the head's outputs, and some logits.
 
-    ``columns`` (n,) says which of the m rows the ``logits`` (batch, n, codebook) belong to.
+    ``shown`` (n,) says which of the wanted tokens the ``logits`` (batch, n, codebook) belong to;
+    ``canvas`` is the number of canvas rows where a pass starts on a new canvas, and 0 elsewhere.
     """
     arrays = {
         f"{i:03d}.{name}": array for i, one in enumerate(passes) for name, array in one.items()
@@ -84,12 +87,12 @@ def write_passes(path: Path, passes: Sequence[Arrays]) -> None:
     np.savez_compressed(path, allow_pickle=False, **arrays)
 
 
-def _read_passes(path: Path) -> list[dict[str, NDArray[Any]]]:
+def _read_passes(path: Path, names: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
     passes: dict[str, dict[str, NDArray[Any]]] = {}
     for key, array in _read_arrays(path).items():
         number, _, name = key.partition(".")
         passes.setdefault(number, {})[name] = array
-    wanted = {*FEEDS, *Draws._fields, "columns", "logits"}
+    wanted = {*names, *Draws._fields, "canvas", "shown", "logits"}
     if not passes or any(wanted - set(one) for one in passes.values()):
         raise BundleError(f"{path.name} holds no whole passes; export the bundle again")
     return [passes[number] for number in sorted(passes)]
@@ -115,28 +118,59 @@ def verify(
         spelling: run the graph as it is spelled for another backend.
         threads: CPU threads; 0 takes as many as the process may use.
     """
-    passes = _read_passes(bundle.folder / DENOISER_VECTORS)
+    names, condition = _feeds(bundle), None
+    passes = _read_passes(bundle.folder / DENOISER_VECTORS, names)
+    if "condition" in bundle.manifest.graphs:
+        opened = open_session(bundle, "condition", provider, threads=threads)
+        condition = conditioner(opened, bundle.manifest.graphs["condition"])
     session = open_session(bundle, "denoiser", provider, threads=threads, spelling=spelling)
-    measured = _compare_passes(session, passes, logits=not spelling)
+    replay = _Replay(session, condition, names)
+    measured = _compare_passes(replay, passes, logits=not spelling)
     session.close()
     limits = dict(bundle.manifest.verification.limits)
-    if "decoder" in bundle.manifest.graphs and not spelling:
-        decoder = open_session(bundle, "decoder", provider, threads=threads)
-        measured["psnr_db"] = _compare_images(decoder, bundle.folder / DECODER_VECTORS)
-        decoder.close()
+    if not spelling:
+        measured |= _verify_images(bundle, provider, threads)
     return Verification(
         measured, {name: limit for name, limit in limits.items() if name in measured}, len(passes)
     )
 
 
+def _feeds(bundle: Bundle) -> list[str]:
+    """Return the denoiser's inputs that a recording holds: neither caches nor conditions."""
+    graph = bundle.manifest.graphs["denoiser"]
+    caches = {name for name, _ in graph.caches}
+    recorded = [
+        tensor.name
+        for tensor in graph.inputs
+        if tensor.name not in caches and not tensor.name.startswith(CONDITION)
+    ]
+    return recorded + ([CONDITIONED] if "condition" in bundle.manifest.graphs else [])
+
+
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """Recorded passes go in, the graph's answers come out."""
+
+    session: Session
+    condition: Condition | None
+    names: list[str]
+
+    def __call__(self, expected: Arrays, fetch: Sequence[str]) -> Outputs:
+        feeds = {name: expected[name] for name in self.names if name != CONDITIONED}
+        if self.condition is not None:
+            found = self.condition(expected[CONDITIONED])
+            feeds |= {CONDITION + name: values for name, values in found.items()}
+        if expected["canvas"]:
+            self.session.start(int(expected["canvas"]))
+        return self.session.run(feeds, fetch)
+
+
 def _compare_passes(
-    session: Session, passes: list[dict[str, Any]], *, logits: bool
+    replay: _Replay, passes: list[dict[str, Any]], *, logits: bool
 ) -> dict[str, float]:
     log_prob = score = equal = total = 0.0
     for expected in passes:
-        feeds = {name: expected[name] for name in FEEDS}
-        fetch = [*Draws._fields, *(["logits"] if logits else [])]
-        found = session.run(feeds, fetch)
+        found = replay(expected, [*Draws._fields, *(["logits"] if logits else [])])
         same = found["sampled"] == expected["sampled"]
         equal += float(same.sum())
         total += same.size
@@ -146,7 +180,7 @@ def _compare_passes(
         score = _worst(score, *(found[n] - expected[n] for n in ("entropy", "top", "margin")))
         score = _worst(score, (found["log_prob"] - expected["log_prob"])[same])
         if logits:
-            shown = log_softmax(found["logits"][:, expected["columns"]])
+            shown = log_softmax(found["logits"][:, expected["shown"]])
             log_prob = _worst(log_prob, shown - log_softmax(expected["logits"]))
     result = {"score": score, "token_agreement": equal / total}
     return {"log_prob": log_prob, **result} if logits else result
@@ -155,6 +189,29 @@ def _compare_passes(
 def _worst(before: float, *differences: NDArray[np.floating]) -> float:
     """Return the largest absolute value; NaN wins over every number."""
     return float(np.max([before, *(np.abs(d).max(initial=0) for d in differences)]))
+
+
+def _verify_images(bundle: Bundle, provider: str, threads: int) -> dict[str, float]:
+    """Compare decoder and encoder, as far as the bundle has them."""
+    measured = {}
+    if "decoder" in bundle.manifest.graphs:
+        session = open_session(bundle, "decoder", provider, threads=threads)
+        measured["psnr_db"] = _compare_images(session, bundle.folder / DECODER_VECTORS)
+        session.close()
+    if "encoder" in bundle.manifest.graphs:
+        session = open_session(bundle, "encoder", provider, threads=threads)
+        measured["encoder_agreement"] = _compare_tokens(session, bundle.folder / ENCODER_VECTORS)
+        session.close()
+    return measured
+
+
+def _compare_tokens(session: Session, path: Path) -> float:
+    """Return the share of an encoder's tokens that are the reference's."""
+    arrays = _read_arrays(path)
+    if not {"tokens", "images"} <= set(arrays):
+        raise BundleError(f"{path.name} lacks tokens or images; export the bundle again")
+    found = session.run({"images": arrays["images"]}, ["tokens"])["tokens"]
+    return float((found == arrays["tokens"]).mean())
 
 
 def _compare_images(session: Session, path: Path) -> float:

@@ -273,9 +273,9 @@ def test_files_of_other_kinds_are_told_apart(
 
 
 def test_a_folder_tells_what_is_in_it(tmp_path: Path) -> None:
-    for name in ("model.yaml", "last.ckpt"):
+    for name in ("model.yaml", "events.log"):
         (tmp_path / name).touch()
-    with pytest.raises(CheckpointError, match=r"a folder with last\.ckpt, model\.yaml; name one"):
+    with pytest.raises(CheckpointError, match=r"a folder with events\.log, model\.yaml; name one"):
         checkpoint.read(tmp_path)
 
 

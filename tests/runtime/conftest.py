@@ -32,8 +32,7 @@ class Lookup:
         states, length, codebook = self.table.shape
         digits = np.array([(codebook + 1) ** place % states for place in range(length)])
         logits = self.table[self.canvas[request.samples].astype(np.int64) @ digits % states]
-        if request.positions is not None:
-            logits = np.take_along_axis(logits, request.positions[..., None], axis=1)
+        logits = np.take_along_axis(logits, request.wanted[..., None], axis=1)
         return Result(draw(logits, request.controls, request.uniforms), logits)
 
 

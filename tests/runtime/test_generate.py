@@ -13,6 +13,8 @@ from PIL import Image
 import mdruntime
 from mdruntime.cli import main
 from mdruntime.plan import make_plan, pass_rows
+from mdruntime.runner import Runner
+from mdruntime.schedule import hidden_counts
 from mdruntime.session import Feeds, Outputs, Session, open_session
 
 SAMPLINGS: list[dict[str, Any]] = [
@@ -33,6 +35,9 @@ class Counting:
         self.provider = session.provider
         self.shapes: list[tuple[int, ...]] = []
 
+    def start(self, canvas: int) -> None:
+        self.session.start(canvas)
+
     def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
         self.shapes.append(feeds["tokens"].shape)
         return self.session.run(feeds, fetch)
@@ -42,6 +47,18 @@ class Counting:
 
     def close(self) -> None:
         self.session.close()
+
+
+def with_denoiser(
+    monkeypatch: pytest.MonkeyPatch, bundle: mdruntime.Bundle, session: Session, head: str = "graph"
+) -> mdruntime.Pipeline:
+    """A pipeline whose denoiser is another session, and whose decoder is the bundle's."""
+
+    def opened(bundle: mdruntime.Bundle, graph: str, *options: Any, **more: Any) -> Session:
+        return session if graph == "denoiser" else open_session(bundle, graph, *options, **more)
+
+    monkeypatch.setattr("mdruntime.runner.open_session", opened)
+    return mdruntime.Pipeline(Runner(bundle, head=head))
 
 
 @pytest.mark.parametrize("options", SAMPLINGS, ids=str)
@@ -63,13 +80,15 @@ def test_eight_together_are_eight_alone(
 
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 @pytest.mark.parametrize("refresh", ["chosen", "recent"])
-def test_passes_are_those_of_the_plan(digits_bundle: Path, refresh: str, guidance: float) -> None:
+def test_passes_are_those_of_the_plan(
+    monkeypatch: pytest.MonkeyPatch, digits_bundle: Path, refresh: str, guidance: float
+) -> None:
     bundle = mdruntime.open_bundle(digits_bundle)
     denoiser = Counting(open_session(bundle, "denoiser", "cpu"))
-    pipeline = mdruntime.Pipeline(bundle, denoiser, open_session(bundle, "decoder", "cpu"))
+    pipeline = with_denoiser(monkeypatch, bundle, denoiser)
     options: dict[str, Any] = {"rounds": 5, "substeps": 3, "refresh": refresh}
     pipeline.generate([1, 2], schedule="arccos", guidance=guidance, **options)
-    plan = make_plan("arccos", 5, 64, substeps=3)
+    plan = make_plan(64, hidden_counts("arccos", 5, 64), substeps=3)
     rows = 4 if guidance else 2
     assert denoiser.shapes == [(rows, m) for m in pass_rows(plan, refresh, 65)]
 
@@ -84,10 +103,10 @@ def test_known_tokens_are_kept_and_shorten_the_trajectory(digits_bundle: Path) -
         assert (steps[-1].tokens[known] == canvas[known]).all()
         assert (steps[-1].tokens < spec.codebook).all()
         for index in (0, 1):
-            one = pipeline.inpaint(canvas[index : index + 1], [index], seed=1, first_index=index)
+            one = pipeline.complete(canvas[index : index + 1], [index], seed=1, first_index=index)
             np.testing.assert_array_equal(one, pipeline.decode(steps[-1].tokens[[index]]))
         assert list(pipeline.steps([2], tokens=canvas[2:])) == []
-        assert (pipeline.inpaint(canvas[2:].reshape(1, 8, 8), [2]) == 255).all()
+        assert (pipeline.complete(canvas[2:].reshape(1, 8, 8), [2]) == 255).all()
 
 
 def test_steps_can_be_abandoned_and_previewed(digits_bundle: Path) -> None:
@@ -130,27 +149,29 @@ def test_a_partial_pass_over_all_rows_is_a_full_pass(digits_bundle: Path) -> Non
         "positions": np.tile(np.arange(spec.canvas, dtype=np.int32), (2, 1)),
         "conditional": np.arange(2, dtype=np.int32),
         "unconditional": np.arange(2, dtype=np.int32),
+        "columns": np.tile(np.arange(spec.canvas, dtype=np.int32), (2, 1)),
         **{name: np.ones(2, np.float32) for name in ("guidance", "temperature")},
         **{name: np.full(2, 1.3, np.float32) for name in ("beta", "token_beta")},
         "uniforms": random.random((2, spec.canvas), np.float32),
     }
     fetch = ["logits", "sampled", "log_moment"]
+    session.start(spec.canvas)
     full = session.run(feeds, fetch)
     order = random.permutation(spec.canvas)
-    mixed = {n: a[:, order] if a.ndim == 2 else a for n, a in feeds.items()}
-    partial = session.run(mixed, fetch)
+    mixed = {n: feeds[n][:, order] for n in ("tokens", "positions", "uniforms")}
+    partial = session.run({**feeds, **mixed}, fetch)
     np.testing.assert_allclose(partial["logits"], full["logits"][:, order], atol=1e-4)
     np.testing.assert_array_equal(partial["sampled"], full["sampled"][:, order])
 
 
-def test_nan_logits_are_refused(digits_bundle: Path) -> None:
+def test_nan_logits_are_refused(monkeypatch: pytest.MonkeyPatch, digits_bundle: Path) -> None:
     bundle = mdruntime.open_bundle(digits_bundle)
 
     def broken(feeds: Feeds) -> dict[str, Any]:
         return {"logits": np.full((*feeds["uniforms"].shape, 17), np.nan, np.float32)}
 
-    decoder = open_session(bundle, "decoder", "cpu")
-    pipeline = mdruntime.Pipeline(bundle, mdruntime.FunctionSession(broken), decoder, head="numpy")
+    session = mdruntime.FunctionSession(broken)
+    pipeline = with_denoiser(monkeypatch, bundle, session, head="numpy")
     with pytest.raises(mdruntime.VerificationError, match="NaN or infinite logits in round 1"):
         pipeline.generate([0])
 

@@ -11,7 +11,14 @@ from mdruntime.head import Controls, Draws, Logits, draw, draw_thinned, guided, 
 BATCH, LENGTH, CODEBOOK = 6, 50, 40
 LAST = 1 - 2**-24  # the largest uniform
 # float32 against float64: absolute for each output of the head. Moments reach 100 * log p.
-TOLERANCE = {"log_moment": 2e-4, "log_prob": 1e-5, "entropy": 5e-6, "top": 5e-7, "margin": 1e-6}
+TOLERANCE = {
+    "log_moment": 2e-4,
+    "log_prob": 1e-5,
+    "entropy": 5e-6,
+    "top": 5e-7,
+    "margin": 1e-6,
+    "log_normaliser": 2e-5,
+}
 BOUNDARY = 1e-6  # tokens may differ where a uniform is this close to a boundary of the CDF
 BETAS = (0.3, 1.0, 1.2222, 2.0, 7.0, 100.0)
 TEMPERATURES = (0.2, 0.7, 1.0, 1.3, 3.0, 20.0)
@@ -49,7 +56,8 @@ def column(values: NDArray[np.float32]) -> Float64:
 
 def reference(scene: Scene, numbers: Controls) -> tuple[dict[str, Float64], Float64]:
     """Return all outputs but the tokens in float64, and the tokens' CDF."""
-    log_p = log_softmax(scene.logits / column(numbers.temperature), axis=-1)
+    scaled = scene.logits / column(numbers.temperature)
+    log_p = log_softmax(scaled, axis=-1)
     two = np.sort(np.exp(log_p), axis=-1)[..., -2:]
     outputs = {
         "log_moment": logsumexp(column(numbers.beta) * log_p, axis=-1),
@@ -57,6 +65,7 @@ def reference(scene: Scene, numbers: Controls) -> tuple[dict[str, Float64], Floa
         "entropy": entr(np.exp(log_p)).sum(axis=-1),
         "top": two[..., 1],
         "margin": two[..., 1] - two[..., 0],
+        "log_normaliser": logsumexp(scaled, axis=-1),
     }
     tokens = log_softmax(column(numbers.token_beta) * log_p, axis=-1)
     return outputs, np.cumsum(np.exp(tokens), axis=-1)
@@ -104,7 +113,10 @@ def test_draws_are_those_of_float64_arithmetic(scene: Scene, numbers: Controls) 
 
 def test_adding_a_constant_to_the_logits_changes_nothing(scene: Scene) -> None:
     shifted = Scene(scene.logits + np.float32(64), scene.uniforms)
-    assert_draws_match(draw(shifted.logits, controls(), shifted.uniforms), shifted, controls())
+    found = draw(shifted.logits, controls(), shifted.uniforms)
+    assert_draws_match(found, shifted, controls())
+    plain = draw(scene.logits, controls(), scene.uniforms)
+    np.testing.assert_allclose(found.log_normaliser - plain.log_normaliser, 64, atol=1e-4)
 
 
 def test_temperature_moments_and_tokens_have_exponents_of_their_own(scene: Scene) -> None:
@@ -124,7 +136,7 @@ def test_moments_of_exponent_one_are_one(scene: Scene) -> None:
 def test_extreme_logits_neither_overflow_nor_underflow() -> None:
     logits = array(-1e4, 0, 1e4).reshape(1, 1, 3)
     found = draw(logits, controls((1.0,), (100.0,), (100.0,)), np.full((1, 1), LAST, np.float32))
-    assert [values.item() for values in found] == [2, 0, 0, 0, 1, 1]
+    assert [values.item() for values in found] == [2, 0, 0, 0, 1, 1, 1e4]
 
 
 def test_impossible_tokens_may_have_logits_of_minus_infinity(scene: Scene) -> None:

@@ -26,7 +26,7 @@ PLANS = {
     "shared": Sampling(rounds=8, refresh_interval=3, refresh="recent", schedule="arccos"),
     "bounded": Sampling(rounds=4, entropy_bound=2.0, substeps=2),
 }
-REFUSED = [("maskgit", plan) for plan in PLANS if plan != "plain"]
+REFUSED = [(order, plan) for order in ("maskgit", "titok") for plan in PLANS if plan != "plain"]
 
 
 def unmasked(
@@ -64,10 +64,12 @@ def defined_scores(name: str, logits: NDArray[np.float32], view: View) -> NDArra
     """Return the scores that an order's definition gives, in float64."""
     log_p = log_softmax(logits.astype(np.float64), axis=-1)
     two = np.sort(np.exp(log_p), axis=-1)[..., -2:]
-    drawn = np.take_along_axis(log_p, view.draws.sampled[..., None].astype(int), axis=-1)[..., 0]
+    sampled = view.draws.sampled[..., None].astype(int)
+    drawn = np.take_along_axis(log_p, sampled, axis=-1)[..., 0]
     scores = {
         "moment": logsumexp(BETA * log_p, axis=-1) + view.gumbels,
         "maskgit": drawn + ALPHA * view.gumbels,
+        "titok": np.take_along_axis(logits, sampled, axis=-1)[..., 0] + ALPHA * view.gumbels,
         "top-probability": two[..., 1],
         "margin": two[..., 1] - two[..., 0],
         "entropy": -entr(np.exp(log_p)).sum(axis=-1),
@@ -155,12 +157,13 @@ def test_visible_positions_are_not_ranked() -> None:
     assert [row.tolist() for row in ranking(scores, hidden)] == [[1, 2], [3, 2, 0]]
 
 
-def test_tempered_tokens_belong_to_the_moment_and_temperature_samplers() -> None:
-    assert {name for name, order in ORDERS.items() if order.tempered} == {"moment", "temperature"}
+def test_laws_of_tokens_belong_to_the_samplers_that_define_them() -> None:
+    laws = {name: order.law for name, order in ORDERS.items() if order.law != "plain"}
+    assert laws == {"moment": "tempered", "temperature": "tempered", "titok": "annealed"}
 
 
-def test_only_maskgit_draws_tokens_before_positions() -> None:
-    assert [name for name, order in ORDERS.items() if order.draws_first] == ["maskgit"]
+def test_only_maskgit_and_titok_draw_tokens_before_positions() -> None:
+    assert [name for name, order in ORDERS.items() if order.draws_first] == ["maskgit", "titok"]
 
 
 def test_an_unknown_order_is_refused() -> None:
@@ -223,7 +226,7 @@ def test_exploring_positions_are_revealed_first(toy: Callable[[int], Denoise]) -
 
 def test_the_exploration_share_follows_the_rounds() -> None:
     sampling = Sampling(order=HYBRID, exploration=(1.0, 0.2))
-    clock = Clock(sampling.but(rounds=5, schedule="linear"), np.array([5]))
+    clock = Clock(sampling, np.array([5]), [np.arange(5)[::-1]])
     turns = [clock.turn(np.array([0]), np.array([5 - index])) for index in range(5)]
     shares = [turn.exploration[0] for turn in turns]
     assert shares == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])

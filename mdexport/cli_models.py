@@ -1,0 +1,154 @@
+"""Models by name on the command line: finding, listing, and where their files are."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+import mdzoo
+from mdexport.against import Recording
+
+__all__ = ["codebook", "find", "list_command", "model_table", "resolved", "sources", "wish"]
+
+_BYTES = {"fp32": 4, "fp16": 2}
+
+
+def find(name: str) -> mdzoo.Entry:
+    """Return a model of the catalogue."""
+    if name in mdzoo.CATALOGUE:
+        return mdzoo.CATALOGUE[name]
+    near = difflib.get_close_matches(name, mdzoo.CATALOGUE, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(mdzoo.CATALOGUE)}"
+    raise click.UsageError(f"unknown model {name!r}; {hint} ('mdexport list' shows all)")
+
+
+def sources(entry: mdzoo.Entry, options: dict[str, Any]) -> mdzoo.Sources:
+    """Return where the weights come from, or say which files to get."""
+    given = {"--checkpoint": options["checkpoint"], "--tokenizer": options["tokenizer"]}
+    if options["random_weights"] is None:
+        absent = [name for name in entry.files if given[name] is None]
+        if absent:
+            wanted = "".join(f"\n  {name} FILE   {where}" for name, where in entry.files.items())
+            raise click.UsageError(
+                f"{entry.name} needs {' and '.join(absent)}. Its files are published at{wanted}\n"
+                "Without files: --random-weights 0 builds all of it, to measure and to test."
+            )
+    elif given["--checkpoint"] or (given["--tokenizer"] and entry.text is None):
+        raise click.UsageError(
+            "--random-weights takes no weights; leave --checkpoint and --tokenizer out"
+        )
+    return mdzoo.Sources(
+        checkpoint=resolved(options["checkpoint"]),
+        tokenizer=resolved(options["tokenizer"]),
+        random_seed=options["random_weights"],
+        settings=dict(options["settings"]),
+    )
+
+
+def resolved(text: str | None) -> Path | None:
+    """Return the path of a checkpoint, after fetching it where it is on the hub."""
+    return None if text is None else mdzoo.resolve(text)
+
+
+def wish(entry: mdzoo.Entry) -> str:
+    """Return flags that make the runtime show what a model does."""
+    if entry.text is not None:
+        return "--length 128"
+    image = f"-o {entry.name}.png"
+    if entry.task == "text to image":
+        return f'--prompt "a red boat on a lake" {image}'
+    classes = entry.spec.classes
+    return f"--labels {min(207, classes - 1)} {image}" if classes else image
+
+
+def codebook(entry: mdzoo.Entry, recording: Recording) -> dict[str, int]:
+    """Return a setting that shapes cannot tell, but recorded logits can: codes, not classes."""
+    if "codebook" not in entry.family.settings:
+        return {}
+    spec = entry.spec
+    columns, largest = recording.logits.shape[-1], int(recording.tokens.max(initial=0))
+    if largest < columns in (spec.codebook, spec.codebook + 1):
+        return {}
+    if columns <= largest:
+        return {"codebook": columns}
+    return {"codebook": columns - 1} if spec.mask_token == spec.codebook else {}
+
+
+def _sizes(entry: mdzoo.Entry) -> str:
+    """Return the size of a denoiser's weights in each precision."""
+    count = entry.parameters
+    return ", ".join(f"{name} {count * size / 1e6:.0f} MB" for name, size in _BYTES.items())
+
+
+def model_table() -> str:
+    """Return the catalogue as the README's Markdown table."""
+    rows = [
+        ("name", "task", "denoiser", "files", "licence"),
+        ("---", "---", "---", "---", "---"),
+        *(
+            (
+                f"`{entry.name}`",
+                f"{entry.task}: {entry.summary}",
+                f"{entry.parameters / 1e6:.1f} M",
+                "<br>".join(f"`{option}` {where}" for option, where in entry.files.items())
+                or "included",
+                entry.licence,
+            )
+            for entry in mdzoo.CATALOGUE.values()
+        ),
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _facts(entry: mdzoo.Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "family": entry.family.name,
+        "task": entry.task,
+        "summary": entry.summary,
+        "parameters": entry.parameters,
+        "bytes": {name: entry.parameters * size for name, size in _BYTES.items()},
+        "files": dict(entry.files),
+        "licence": entry.licence,
+        "presets": list(entry.presets),
+        "samplers": entry.samplers,
+    }
+
+
+@click.command("list")
+@click.argument("names", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+@click.option("--markdown", is_flag=True, help="print the README's table")
+def list_command(names: tuple[str, ...], as_json: bool, markdown: bool) -> None:
+    """Show the models, or those named, their sizes, and the files they need."""
+    if markdown:
+        click.echo(model_table(), nl=False)
+        return
+    for entry in map(find, names) if names else mdzoo.CATALOGUE.values():
+        if as_json:
+            click.echo(json.dumps(_facts(entry)))
+        elif names:
+            _describe(entry)
+        else:
+            click.echo(f"{entry.name:18} {entry.parameters / 1e6:6.1f} M  {entry.summary}")
+    if not (as_json or names):
+        click.echo("files, sizes, licence and samplers of a model: mdexport list NAME")
+
+
+def _describe(entry: mdzoo.Entry) -> None:
+    """Print all there is to know about a model."""
+    rows = [
+        (entry.name, entry.summary),
+        ("family", f"{entry.family.name}; {entry.task}"),
+        ("denoiser", f"{entry.parameters / 1e6:.1f} M parameters: {_sizes(entry)}"),
+        *((option, where) for option, where in entry.files.items()),
+        ("licence", entry.licence),
+        ("samplers", entry.samplers),
+        ("presets", ", ".join(entry.presets)),
+    ]
+    for name, text in rows:
+        click.echo(f"{name:14} {text}")
+    if not entry.files:
+        click.echo(f"{'files':14} weights are included")

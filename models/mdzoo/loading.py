@@ -1,0 +1,181 @@
+"""From an entry of the catalogue and a user's files to a model."""
+
+from collections.abc import Mapping
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mdruntime.manifest import ImageSpec, WeightsSpec
+from mdruntime.tokenizer import BYTES, IDS
+from mdzoo import checkpoint
+from mdzoo.checkpoint import CheckpointError
+from mdzoo.decoder import Images as Pixels
+from mdzoo.decoder import Tokens
+from mdzoo.entry import Entry, Images, Model, Sources
+from mdzoo.family import ZooDenoiser
+from mdzoo.palette import Palette, PaletteTokens
+from mdzoo.texts import text_files
+
+__all__ = ["load", "load_denoiser"]
+
+
+def load(entry: Entry, sources: Sources) -> Model:
+    """Load a model with all that belongs to it.
+
+    Args:
+        entry: from the catalogue.
+        sources: files or a seed; the shipped weights where there are any and nothing is given.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another architecture.
+    """
+    denoiser, state = _denoiser(entry, sources)
+    decoder = encoder = image = text = prompt = None
+    extra: dict[str, bytes] = {}
+    if entry.images is not None:
+        codec = _codec(entry, entry.images, sources, denoiser, state)
+        decoder, encoder, image = _pictures(codec, denoiser)
+    if entry.text is not None:
+        text, extra = text_files(entry.text, sources.tokenizer, _text_fallback(sources, denoiser))
+    return Model(
+        name=entry.name,
+        family=entry.family.name,
+        task=entry.task,
+        denoiser=denoiser,
+        decoder=decoder,
+        encoder=encoder,
+        image=image,
+        text=text,
+        prompt=prompt,
+        files=extra,
+        weights=_weights(entry, sources, denoiser),
+        presets=entry.presets,
+    )
+
+
+def load_denoiser(entry: Entry, sources: Sources) -> ZooDenoiser:
+    """Load a denoiser alone, in float32.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another architecture.
+    """
+    return _denoiser(entry, sources)[0]
+
+
+def _denoiser(entry: Entry, sources: Sources) -> tuple[ZooDenoiser, Mapping[str, Tensor]]:
+    """Return a denoiser, and the tensors of the file it comes from."""
+    known = entry.family.settings
+    for name in sources.settings:
+        if name not in known:
+            names = f"one of {', '.join(known)}" if known else "nothing for this model"
+            raise CheckpointError(f"--set must name {names}, got {name!r}")
+    if sources.random_seed is not None:
+        return _random_denoiser(entry, sources), {}
+    family, path = entry.family, _path(entry, sources)
+    if family.folder is not None:
+        return cast(ZooDenoiser, family.folder(path)), {}
+    state = checkpoint.read(path, strip=family.prefixes, ema=True)
+    model = family.build(family.infer(state, entry.config, sources.settings))
+    checkpoint.fit(model, family.from_published(state), source=path.name)
+    return cast(ZooDenoiser, model.eval()), state
+
+
+def _random_denoiser(entry: Entry, sources: Sources) -> ZooDenoiser:
+    if sources.settings:
+        raise CheckpointError("--set describes a checkpoint; random weights have the model's sizes")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sources.random_seed or 0)
+        model = entry.family.build(entry.config)
+        entry.family.initialise(model)
+    return cast(ZooDenoiser, model.eval())
+
+
+def _path(entry: Entry, sources: Sources) -> Path:
+    if sources.checkpoint is not None:
+        return sources.checkpoint
+    if not entry.shipped:
+        raise CheckpointError(_missing(entry, "--checkpoint"))
+    return _shipped(entry)
+
+
+def _shipped(entry: Entry) -> Path:
+    with as_file(files("mdzoo") / "weights" / entry.shipped) as path:
+        return path  # the package is never zipped: it would not be a real file otherwise
+
+
+def _missing(entry: Entry, option: str) -> str:
+    wanted = "; ".join(f"{name} FILE from {where}" for name, where in entry.files.items())
+    return (
+        f"{entry.name} needs {option}: its weights are published at {wanted}. "
+        "Or try it with --random-weights 0"
+    )
+
+
+def _codec(
+    entry: Entry,
+    images: Images,
+    sources: Sources,
+    denoiser: ZooDenoiser,
+    state: Mapping[str, Tensor],
+) -> Any:
+    """Return the tokenizer that belongs to a denoiser."""
+    if sources.random_seed is not None or entry.shipped:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(sources.random_seed or 0)
+            return images.random(denoiser.config)
+    path = _path(entry, sources)
+    if images.inside == "file" and sources.tokenizer is None:
+        codec = images.load(state, source=path.name)
+    else:
+        path = path / images.inside if sources.tokenizer is None else sources.tokenizer
+        if sources.tokenizer is None and not images.inside:
+            raise CheckpointError(_missing(entry, "--tokenizer"))
+        codec = images.load(checkpoint.read(path), source=path.name)
+    if codec.codebook != denoiser.spec.codebook:
+        raise CheckpointError(
+            f"{path.name} has a codebook of {codec.codebook}, the denoiser one of "
+            f"{denoiser.spec.codebook}: they do not belong together"
+        )
+    return codec
+
+
+def _pictures(codec: Any, denoiser: ZooDenoiser) -> tuple[nn.Module, nn.Module | None, ImageSpec]:
+    """Return decoder, encoder and size of a model's images."""
+    if isinstance(codec, Palette):
+        return codec, PaletteTokens(codec), ImageSpec(codec.grid, codec.grid, 1)
+    side = denoiser.spec.grid[0] * codec.factor if codec.factor else codec.side
+    encodes = getattr(codec, "encoder", None) is not None
+    size = ImageSpec(side, side, codec.factor)
+    return Pixels(codec).eval(), Tokens(codec).eval() if encodes else None, size
+
+
+def _text_fallback(sources: Sources, denoiser: ZooDenoiser) -> str:
+    """Return the tokenizer of a text model that was given none; empty where it must have one."""
+    if denoiser.spec.codebook == 256:
+        return BYTES
+    return IDS if sources.random_seed is not None else ""
+
+
+def _weights(entry: Entry, sources: Sources, denoiser: ZooDenoiser) -> WeightsSpec:
+    parameters = sum(tensor.numel() for tensor in cast(nn.Module, denoiser).parameters())
+    if sources.random_seed is not None:
+        return WeightsSpec("random", sources.random_seed, {}, parameters, "none")
+    origin = "checkpoint" if sources.checkpoint is not None else "trained"
+    hashes = _hashes(_path(entry, sources), entry)
+    if entry.images is not None and sources.tokenizer is not None:
+        hashes |= checkpoint.hashes(sources.tokenizer)
+    return WeightsSpec(origin, -1, hashes, parameters, entry.licence)
+
+
+def _hashes(path: Path, entry: Entry) -> dict[str, str]:
+    """Return digests of the weights, part by part where a folder has parts."""
+    if entry.family.folder is None:
+        return checkpoint.hashes(path)
+    found = {}
+    for part in ("transformer", "text_encoder", "vqvae"):
+        digests = checkpoint.hashes(path / part)
+        found |= {f"{part}/{name}": digest for name, digest in digests.items()}
+    return found

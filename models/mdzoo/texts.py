@@ -1,0 +1,60 @@
+"""Tokenizers that belong into a bundle: of text models, and of the prompts of image models."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mdruntime.manifest import TextSpec
+from mdzoo.checkpoint import CheckpointError
+
+__all__ = ["TOKENIZER", "text_files"]
+
+TOKENIZER = "tokenizer/tokenizer.json"
+"""Where a bundle has the tokenizer."""
+
+
+def text_files(
+    text: TextSpec, tokenizer: Path | None, fallback: str
+) -> tuple[TextSpec, dict[str, bytes]]:
+    """Return how a model's text becomes tokens, and the files that takes.
+
+    Args:
+        text: what the published model does.
+        tokenizer: ``tokenizer.json``, or a folder that holds it.
+        fallback: what stands for a file that was not given, or nothing.
+
+    Raises:
+        CheckpointError: the file is needed and not given, or is no tokenizer.
+    """
+    if tokenizer is None:
+        if not fallback:
+            raise CheckpointError(
+                "a text model needs --tokenizer FILE, the tokenizer.json that it was trained with"
+            )
+        return TextSpec(fallback), {}
+    return replace(text, tokenizer=TOKENIZER), {TOKENIZER: read_tokenizer(tokenizer)}
+
+
+def read_tokenizer(path: Path) -> bytes:
+    """Return the content of ``tokenizer.json``.
+
+    Raises:
+        CheckpointError: there is no such file, or it is of another kind.
+    """
+    path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        content = path.read_bytes()
+        found: Any = json.loads(content)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise CheckpointError(
+            f"{path} must be a tokenizer.json, found no JSON; download it again"
+        ) from None
+    if not isinstance(found, dict) or "model" not in found:
+        raise CheckpointError(
+            f"{path} must be a tokenizer.json of the tokenizers package, found other JSON; "
+            "have it saved by transformers' tokenizer.save_pretrained"
+        )
+    return content

@@ -1,0 +1,58 @@
+"""From a folder to a pipeline."""
+
+from pathlib import Path
+
+from mdruntime.bundle import open_bundle
+from mdruntime.errors import BundleError
+from mdruntime.pipeline import Pipeline
+from mdruntime.runner import Runner
+from mdruntime.text import TextPipeline
+
+__all__ = ["load", "load_text"]
+
+
+def load(
+    folder: str | Path,
+    provider: str = "cpu",
+    *,
+    threads: int = 0,
+    check: bool = True,
+    head: str = "graph",
+) -> Pipeline:
+    """Open a bundle of an image model and return its pipeline; see ``load_text`` for text.
+
+    Args:
+        folder: a bundle made by ``mdexport build``.
+        provider: execution provider, ``cpu`` or ``cuda``; no other is used in its place.
+        threads: CPU threads; 0 takes as many as the process may use.
+        check: compare the files' SHA-256 sums first (about a second per gigabyte).
+        head: draw tokens in the ``graph``, or in ``numpy`` (the reference) from its logits.
+
+    Raises:
+        BundleError: the bundle is incomplete, altered, of another format, or no image model's.
+        ProviderError: the provider is not available on this machine.
+    """
+    bundle = open_bundle(folder, check=check)
+    if bundle.manifest.image is None:
+        raise BundleError(f"{str(folder)!r} makes text, not images; use mdruntime.load_text")
+    return Pipeline(Runner(bundle, provider, threads=threads, head=head))
+
+
+def load_text(
+    folder: str | Path,
+    provider: str = "cpu",
+    *,
+    threads: int = 0,
+    check: bool = True,
+    head: str = "graph",
+) -> TextPipeline:
+    """Open a bundle of a text model and return its pipeline; the arguments are those of ``load``.
+
+    Raises:
+        BundleError: the bundle is incomplete, altered, of another format, or no text model's.
+        ProviderError: the provider or the tokenizer's package is not available.
+    """
+    bundle = open_bundle(folder, check=check)
+    if bundle.manifest.text is None:
+        raise BundleError(f"{str(folder)!r} makes images, not text; use mdruntime.load")
+    return TextPipeline(Runner(bundle, provider, threads=threads, head=head))

@@ -1,0 +1,174 @@
+"""An opened bundle: its sessions, and the one loop that all pipelines run."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdruntime.bundle import Bundle
+from mdruntime.conditions import Conditions, whole
+from mdruntime.denoiser import HEADS, Denoiser, conditioner
+from mdruntime.errors import SamplingError
+from mdruntime.manifest import Manifest
+from mdruntime.randomness import Randomness
+from mdruntime.sampler import Canvas, Step, Tokens, unmask
+from mdruntime.sampling import Sampling
+from mdruntime.session import Session, open_session
+
+__all__ = ["Runner", "randomness"]
+
+
+class Runner:
+    """Sessions of a bundle's graphs, opened when they are first used. One per thread."""
+
+    def __init__(
+        self, bundle: Bundle, provider: str = "cpu", *, threads: int = 0, head: str = "graph"
+    ) -> None:
+        """Open the denoiser of a bundle.
+
+        Args:
+            bundle: an opened bundle.
+            provider: execution provider; no other is used in its place.
+            threads: CPU threads; 0 takes as many as the process may use.
+            head: draw tokens in the ``graph``, or in ``numpy`` from its logits.
+
+        Raises:
+            ProviderError: the provider is not available on this machine.
+        """
+        if head not in HEADS:
+            raise SamplingError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
+        self.bundle = bundle
+        self._provider = provider
+        self._threads = threads
+        self._head = head
+        self._sessions: dict[str, Session] = {}
+        self._runs = 0  # begun so far
+        self.session("denoiser")
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
+        return self.bundle.manifest
+
+    @property
+    def provider(self) -> str:
+        """The execution provider in use."""
+        return self.session("denoiser").provider
+
+    def session(self, graph: str) -> Session:
+        """Return the session of a graph.
+
+        Raises:
+            BundleError: the bundle has no such graph.
+        """
+        if graph not in self._sessions:
+            self._sessions[graph] = open_session(
+                self.bundle, graph, self._provider, threads=self._threads
+            )
+        return self._sessions[graph]
+
+    def clone(self) -> "Runner":
+        """Return a runner for another thread: the same weights, caches of its own."""
+        twin = object.__new__(Runner)
+        twin.bundle, twin._provider, twin._threads = self.bundle, self._provider, self._threads
+        twin._head, twin._runs = self._head, 0
+        twin._sessions = {name: session.clone() for name, session in self._sessions.items()}
+        return twin
+
+    def close(self) -> None:
+        """Release the sessions' memory."""
+        for session in self._sessions.values():
+            session.close()
+
+    def sampling(self, preset: str, options: dict[str, Any]) -> Sampling:
+        """Return a preset of the bundle, with some options changed.
+
+        Raises:
+            SamplingError: an unknown preset or option, or a value out of range.
+        """
+        presets = self.manifest.presets
+        if preset not in presets:
+            raise SamplingError(f"preset must be one of {', '.join(presets)}, got {preset!r}")
+        return presets[preset].but(**options)
+
+    def unmask(
+        self, tokens: Tokens, conditions: Conditions, sampling: Sampling, source: Randomness
+    ) -> Iterator[Step]:
+        """Reveal the hidden tokens of canvases, yielding after every pass.
+
+        Args:
+            tokens: int32 (batch, length), the mask token where hidden.
+            conditions: of the batch.
+            sampling: the options.
+            source: randomness of the batch.
+        """
+        spec, graphs = self.manifest.denoiser, self.manifest.graphs
+        condition = None
+        if "condition" in graphs:
+            condition = conditioner(self.session("condition"), graphs["condition"])
+        session = self.session("denoiser")
+        denoiser = Denoiser(session, spec, conditions, head=self._head, condition=condition)
+        length = tokens.shape[1]
+        grid = spec.grid if length == spec.length else (length,)
+        canvas = Canvas(length, grid, spec.mask_token)
+        return self._alone(unmask(denoiser, tokens, canvas, sampling, source))
+
+    def _alone(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """Pass steps on until another run begins: its keys and values are in the caches then."""
+        self._runs += 1
+        run = self._runs
+        for step in steps:
+            yield step
+            if step.hidden and run != self._runs:
+                raise SamplingError(
+                    "another generation began on this pipeline before this one was finished; "
+                    "finish one first, or run the other on a clone()"
+                )
+
+    def request(self, batch: int, options: dict[str, Any]) -> tuple[Sampling, Randomness]:
+        """Return what a call asks for: ``seed``, ``first_index``, ``preset``, sampler options."""
+        rest = dict(options)
+        source = randomness(rest.pop("seed", 0), rest.pop("first_index", 0), batch)
+        return self.sampling(rest.pop("preset", "default"), rest), source
+
+    def finish(
+        self, tokens: Tokens, conditions: Conditions, batch_size: int, options: dict[str, Any]
+    ) -> Iterator[Tokens]:
+        """Reveal all hidden tokens of canvases, and yield them batch by batch.
+
+        Args:
+            tokens: int32 (batch, length).
+            conditions: of the whole batch.
+            batch_size: largest number of samples that run together.
+            options: see ``request``.
+        """
+        sampling, source = self.request(len(tokens), options)
+        size = whole("batch_size", batch_size, 1)
+        for start in range(0, len(tokens), size):
+            part = np.arange(start, min(start + size, len(tokens)))
+            some, done = source.take(part.tolist()), tokens[part]
+            for step in self.unmask(done, conditions.take(part), sampling, some):
+                done = step.tokens
+            yield done
+
+    def blank(self, batch: int, length: int = 0) -> Tokens:
+        """Return canvases with all tokens hidden, (batch, length); 0 is the model's length."""
+        spec = self.manifest.denoiser
+        return np.full((batch, length or spec.length), spec.mask_token, np.int32)
+
+    def one_by_one(self, graph: str, name: str, items: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Run a graph with one input and one output item by item, and return all results.
+
+        Image decoders and encoders are bound by arithmetic, and their activations are large.
+        """
+        output = self.manifest.graphs[graph].outputs[0].name if items else ""
+        session = self.session(graph)
+        return np.concatenate([session.run({name: i[None]}, [output])[output] for i in items])
+
+
+def randomness(seed: int, first_index: int, batch: int) -> Randomness:
+    """Return the random numbers of ``batch`` samples, the first of which has ``first_index``."""
+    first = whole("first_index", first_index)
+    whole("the index of the last sample", first + batch - 1)
+    return Randomness(whole("seed", seed), range(first, first + batch))

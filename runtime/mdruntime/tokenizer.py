@@ -1,0 +1,131 @@
+"""Text to token ids and back: tokenizers of files, and one for models of plain bytes.
+
+The file format is that of the tokenizers package (``tokenizer.json``), which is imported only
+where a bundle brings such a file.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from mdruntime.errors import BundleError, ProviderError, SamplingError
+
+__all__ = [
+    "BYTES",
+    "IDS",
+    "ByteTokenizer",
+    "FileTokenizer",
+    "IdTokenizer",
+    "Tokenizer",
+    "open_tokenizer",
+]
+
+BYTES = "bytes"
+"""In the place of a file's name: ids are the bytes of UTF-8."""
+
+IDS = "ids"
+"""In the place of a file's name: a text is its ids in decimal, for models without a tokenizer."""
+
+
+class Tokenizer(Protocol):
+    """From text to ids and back."""
+
+    @property
+    def size(self) -> int:
+        """Number of ids; all are below it."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without any that mark its begin or end."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids."""
+
+
+class ByteTokenizer:
+    """Ids are the bytes of UTF-8."""
+
+    size = 256
+
+    def encode(self, text: str) -> list[int]:
+        """Return the bytes of a text."""
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of bytes; those that are no UTF-8 become U+FFFD."""
+        return bytes(i for i in ids if i < self.size).decode(errors="replace")
+
+
+class IdTokenizer:
+    """A text is its ids in decimal, with blanks between."""
+
+    def __init__(self, size: int) -> None:
+        """Take the number of ids."""
+        self.size = size
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids that a text lists.
+
+        Raises:
+            SamplingError: something else than ids of the model.
+        """
+        words = text.split()
+        for word in words:
+            if not word.isdecimal() or int(word) >= self.size:
+                raise SamplingError(
+                    f"this model has no tokenizer: a text must be ids below {self.size} with "
+                    f"blanks between, got {word[:40]!r}"
+                )
+        return [int(word) for word in words]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return ids in decimal."""
+        return "".join(f"{i} " for i in ids)
+
+
+class FileTokenizer:
+    """A tokenizer in the format of the tokenizers package."""
+
+    def __init__(self, path: Path) -> None:
+        """Read ``tokenizer.json``.
+
+        Raises:
+            ProviderError: the tokenizers package is not installed.
+            BundleError: the file is no tokenizer.
+        """
+        try:
+            from tokenizers import Tokenizer as Reader
+        except ImportError:
+            raise ProviderError(
+                "this model's texts need the tokenizers package; install it with: "
+                "python -m pip install tokenizers"
+            ) from None
+        try:
+            self._reader: Any = Reader.from_file(str(path))
+        except Exception as error:  # the package raises plain exceptions
+            raise BundleError(f"{path.name} is not a tokenizer ({error})") from None
+
+    @property
+    def size(self) -> int:
+        """Number of ids, added tokens included."""
+        return int(self._reader.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without any that mark its begin or end."""
+        return list(self._reader.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, without those that mark begin or end."""
+        return str(self._reader.decode(list(ids), skip_special_tokens=True))
+
+
+def open_tokenizer(folder: Path, name: str, size: int) -> Tokenizer:
+    """Return the tokenizer of a bundle.
+
+    Args:
+        folder: of the bundle.
+        name: ``BYTES``, ``IDS``, or a file inside the folder.
+        size: number of ids that the model knows.
+    """
+    if name == IDS:
+        return IdTokenizer(size)
+    return ByteTokenizer() if name == BYTES else FileTokenizer(folder / name)
