@@ -4,7 +4,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ transformer, under their names in diffusers."""
 
 class DirectDenoiser(Protocol):
     """A denoiser that can be asked without its text encoder."""
+
+    @property
+    def spec(self) -> DenoiserSpec:
+        """Its canvas."""
 
     def direct(self, tokens: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return logits (batch, length, codebook) of tokens (batch, length) and ``DIRECT``."""
@@ -86,6 +90,9 @@ def read_recording(path: Path) -> Recording:
             f"length, codebook], got {np.shape(found['tokens'])}, {labels.shape} and "
             f"{np.shape(found['logits'])}"
         )
+    absent = set(DIRECT) - set(found)
+    if 0 < len(absent) < len(DIRECT):
+        raise SamplingError(f"{path.name} must hold all of {', '.join(DIRECT)}; it lacks {absent}")
     return Recording(
         tokens.astype(np.int64),
         labels.astype(np.int64),
@@ -102,7 +109,7 @@ def _flat_logits(tokens: tuple[int, ...], logits: NDArray[np.floating]) -> NDArr
     return logits.reshape(len(logits), -1, logits.shape[-1])
 
 
-def compare(denoiser: Denoiser, recording: Recording) -> Comparison:
+def compare(denoiser: Denoiser | DirectDenoiser, recording: Recording) -> Comparison:
     """Run the port on the recorded inputs and compare logits.
 
     Args:
@@ -129,14 +136,12 @@ def compare(denoiser: Denoiser, recording: Recording) -> Comparison:
 
 
 @torch.no_grad()
-def _logits(denoiser: Denoiser, recording: Recording, part: slice) -> NDArray[np.floating]:
+def _logits(denoiser: Any, recording: Recording, part: slice) -> NDArray[np.floating]:
     tokens = torch.from_numpy(recording.tokens[part])
     if not recording.direct:
         return denoiser(tokens, torch.from_numpy(recording.labels[part])).numpy()
-    if not hasattr(denoiser, "direct"):
-        raise SamplingError(f"this model does not take {', '.join(recording.direct)}")
     inputs = {name: torch.from_numpy(array[part]) for name, array in recording.direct.items()}
-    return cast(DirectDenoiser, denoiser).direct(tokens, inputs).numpy()
+    return denoiser.direct(tokens, inputs).numpy()
 
 
 def _check(recording: Recording, spec: DenoiserSpec) -> None:

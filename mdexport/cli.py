@@ -139,8 +139,10 @@ def _say_done(entry: mdzoo.Entry, folder: Path, as_json: bool) -> None:
 def verify_command(bundle: Path | None, **options: Any) -> int:
     """Check a BUNDLE on this machine, or our port of a model against the original's logits.
 
-    The npz file holds tokens [batch, length], labels [batch] (-1: none), logits
-    [batch, length, codebook] and optionally tolerance, a largest absolute difference.
+    The npz file holds tokens [batch, length], logits [batch, length, codebook], labels [batch]
+    (-1: none; left out where a model has none) and optionally tolerance, a largest absolute
+    difference. For aMUSEd: encoder_hidden_states, pooled_text_emb and micro_conds, or prompts'
+    token ids as labels [batch, 77].
     """
     if bundle is not None:
         if any(options[name] for name in ("model", "against", "checkpoint", "settings")):
@@ -155,7 +157,8 @@ def verify_command(bundle: Path | None, **options: Any) -> int:
     recording = read_recording(options["against"])
     settings = {**codebook(entry, recording), **dict(options["settings"])}
     given = mdzoo.Sources(checkpoint=resolved(options["checkpoint"]), settings=settings)
-    result = compare(mdzoo.load_denoiser(entry, given), recording)
+    read = mdzoo.load_direct if recording.direct else mdzoo.load_denoiser
+    result = compare(read(entry, given), recording)
     if options["as_json"]:
         click.echo(json.dumps({**to_json(result), "ok": bool(result)}))
     else:

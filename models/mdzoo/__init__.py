@@ -4,7 +4,7 @@ from mdzoo.catalogue import CATALOGUE
 from mdzoo.checkpoint import CheckpointError
 from mdzoo.entry import Entry, Model, Sources
 from mdzoo.hub import resolve
-from mdzoo.loading import load, load_denoiser
+from mdzoo.loading import load, load_denoiser, load_direct
 
 __all__ = [
     "CATALOGUE",
@@ -14,5 +14,6 @@ __all__ = [
     "Sources",
     "load",
     "load_denoiser",
+    "load_direct",
     "resolve",
 ]

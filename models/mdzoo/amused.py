@@ -23,7 +23,15 @@ from mdzoo.family import Family
 from mdzoo.uvit2d import UVit2D
 from mdzoo.uvit2d_config import UVitConfig
 
-__all__ = ["FAMILY", "PUBLISHED", "Amused", "AmusedConfig", "load_folder", "read_folder"]
+__all__ = [
+    "FAMILY",
+    "PUBLISHED",
+    "Amused",
+    "AmusedConfig",
+    "load_folder",
+    "read_folder",
+    "spec_of",
+]
 
 PARTS = ("transformer", "text_encoder")
 """Folders of a published model that hold the denoiser; their names stand before all tensors."""
@@ -51,6 +59,22 @@ class AmusedConfig:
             )
 
 
+def spec_of(config: UVitConfig) -> DenoiserSpec:
+    """Return what the runtime has to know of a transformer's canvas."""
+    return DenoiserSpec(
+        length=config.size**2,
+        canvas=config.grid[0] * config.grid[1],
+        first=0,
+        grid=(config.size, config.size),
+        patch=(config.patch, config.patch),
+        codebook=config.codebook,
+        mask_token=config.vocabulary - 1,
+        classes=0,
+        layers=config.depth,
+        context=(),
+    )
+
+
 class Amused(nn.Module):
     """The denoiser: tokens and a prompt in, logits over the codebook out.
 
@@ -72,19 +96,7 @@ class Amused(nn.Module):
     @property
     def spec(self) -> DenoiserSpec:
         """What the runtime has to know; it is written into the manifest unchanged."""
-        config = self.config.transformer
-        return DenoiserSpec(
-            length=config.size**2,
-            canvas=config.grid[0] * config.grid[1],
-            first=0,
-            grid=(config.size, config.size),
-            patch=(config.patch, config.patch),
-            codebook=config.codebook,
-            mask_token=config.vocabulary - 1,
-            classes=0,
-            layers=config.depth,
-            context=(),
-        )
+        return spec_of(self.config.transformer)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Return the published model's logits, without any cache.

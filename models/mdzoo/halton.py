@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mdruntime.manifest import ContextRow, DenoiserSpec
 from mdzoo.checkpoint import CheckpointError, shape_of
 from mdzoo.family import Family
-from mdzoo.layers import GatedFeedForward, RMSNorm, modulate, take_rows
+from mdzoo.layers import GatedFeedForward, RMSNorm, modulate
 from mdzoo.names import Names
 from mdzoo.transformer import Attention, Block, Stack
 
@@ -144,8 +144,10 @@ class Halton(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Recompute some rows of the canvas against the K/V caches; see ``mdexport.Denoiser``."""
         x = self.tokens(tokens) + F.embedding(positions, self.positions)
-        x, refreshed = self.blocks.step(x, positions, caches, modulation=extras["modulation"])
-        logits = self._logits(take_rows(x, columns), extras["last"], self.config.codebook)
+        x, refreshed = self.blocks.step(
+            x, positions, caches, modulation=extras["modulation"], columns=columns
+        )
+        logits = self._logits(x, extras["last"], self.config.codebook)
         return logits, refreshed
 
     def _logits(self, x: Tensor, last: Tensor, columns: int) -> Tensor:

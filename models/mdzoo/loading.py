@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from mdruntime.manifest import ImageSpec, WeightsSpec
 from mdruntime.tokenizer import BYTES, IDS
-from mdzoo import checkpoint
+from mdzoo import amused_direct, checkpoint, folder
+from mdzoo.amused_direct import DirectAmused
 from mdzoo.checkpoint import CheckpointError
 from mdzoo.decoder import Images as Pixels
 from mdzoo.decoder import Tokens
 from mdzoo.entry import Entry, Images, Model, Sources
 from mdzoo.family import ZooDenoiser
 from mdzoo.palette import Palette, PaletteTokens
-from mdzoo.texts import text_files
+from mdzoo.texts import prompt_files, text_files
 
-__all__ = ["load", "load_denoiser"]
+__all__ = ["load", "load_denoiser", "load_direct"]
 
 
 def load(entry: Entry, sources: Sources) -> Model:
@@ -40,6 +41,8 @@ def load(entry: Entry, sources: Sources) -> Model:
         decoder, encoder, image = _pictures(codec, denoiser)
     if entry.text is not None:
         text, extra = text_files(entry.text, sources.tokenizer, _text_fallback(sources, denoiser))
+    if entry.task == "text to image":
+        prompt, extra = prompt_files(sources.checkpoint, denoiser.config.text)
     return Model(
         name=entry.name,
         family=entry.family.name,
@@ -76,11 +79,24 @@ def _denoiser(entry: Entry, sources: Sources) -> tuple[ZooDenoiser, Mapping[str,
         return _random_denoiser(entry, sources), {}
     family, path = entry.family, _path(entry, sources)
     if family.folder is not None:
+        if sources.settings:
+            raise CheckpointError("the folder's configs state all sizes; leave --set out")
         return cast(ZooDenoiser, family.folder(path)), {}
     state = checkpoint.read(path, strip=family.prefixes, ema=True)
     model = family.build(family.infer(state, entry.config, sources.settings))
     checkpoint.fit(model, family.from_published(state), source=path.name)
     return cast(ZooDenoiser, model.eval()), state
+
+
+def load_direct(entry: Entry, sources: Sources) -> DirectAmused:
+    """Load the part of a text-to-image denoiser that recordings of its inputs are about.
+
+    Raises:
+        CheckpointError: a model without such a part, or a bad file.
+    """
+    if entry.task != "text to image":
+        raise CheckpointError(f"{entry.name} reads no text: record tokens, labels and logits")
+    return amused_direct.load_direct(_path(entry, sources), entry.config, sources.settings)
 
 
 def _random_denoiser(entry: Entry, sources: Sources) -> ZooDenoiser:
@@ -130,7 +146,8 @@ def _codec(
     if images.inside == "file" and sources.tokenizer is None:
         codec = images.load(state, source=path.name)
     else:
-        path = path / images.inside if sources.tokenizer is None else sources.tokenizer
+        inside = folder.root(path) / images.inside
+        path = inside if sources.tokenizer is None else sources.tokenizer
         if sources.tokenizer is None and not images.inside:
             raise CheckpointError(_missing(entry, "--tokenizer"))
         codec = images.load(checkpoint.read(path), source=path.name)
@@ -174,8 +191,8 @@ def _hashes(path: Path, entry: Entry) -> dict[str, str]:
     """Return digests of the weights, part by part where a folder has parts."""
     if entry.family.folder is None:
         return checkpoint.hashes(path)
-    found = {}
+    found: dict[str, str] = {}
     for part in ("transformer", "text_encoder", "vqvae"):
-        digests = checkpoint.hashes(path / part)
+        digests = checkpoint.hashes(folder.root(path) / part)
         found |= {f"{part}/{name}": digest for name, digest in digests.items()}
     return found

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mdruntime.manifest import ContextRow, DenoiserSpec
 from mdzoo.checkpoint import CheckpointError, shape_of
 from mdzoo.family import Family
-from mdzoo.layers import FeedForward, LayerNorm, take_rows
+from mdzoo.layers import FeedForward, LayerNorm
 from mdzoo.names import Names
 from mdzoo.transformer import Attention, Block, Stack
 
@@ -155,8 +155,8 @@ class MaskBit(nn.Module):
         classes = self.classes(torch.where(labelled, tokens[:, ::GROUPS], 0))
         x = torch.where(labelled[..., None], classes, self._bits(tokens))
         x = self.norm_in(x + F.embedding(positions, self.positions))
-        x, refreshed = self.blocks.step(x, positions, caches)
-        return self._logits(take_rows(x, columns)), refreshed
+        x, refreshed = self.blocks.step(x, positions, caches, columns=columns)
+        return self._logits(x), refreshed
 
     def _bits(self, tokens: Tensor) -> Tensor:
         """Embed int (rows, m * 2) by their bits as (rows, m, width)."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mdruntime.manifest import ContextRow, DenoiserSpec
 from mdzoo.checkpoint import CheckpointError, shape_of
 from mdzoo.family import Family
-from mdzoo.layers import FeedForward, LayerNorm, take_rows
+from mdzoo.layers import FeedForward, LayerNorm
 from mdzoo.transformer import Attention, Block, Stack
 
 STEM_EPSILON = 1e-12  # the blocks use PyTorch's default of 1e-5
@@ -178,11 +178,11 @@ class MaskGIT(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Recompute some rows of the canvas against the K/V caches; see ``mdexport.Denoiser``."""
         x = self.stem(self.tokens(tokens) + F.embedding(positions, self.positions))
-        x, refreshed = self.blocks.step(x, positions, caches)
+        x, refreshed = self.blocks.step(x, positions, caches, columns=columns)
         codebook = self.config.codebook
         wanted = positions.gather(1, columns.long())
         bias = F.embedding(wanted, self.bias[:, :codebook])
-        return self._logits(take_rows(x, columns), bias, codebook), refreshed
+        return self._logits(x, bias, codebook), refreshed
 
     def _logits(self, x: Tensor, bias: Tensor, columns: int) -> Tensor:
         table = self.tokens.weight[:columns].float()

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mdruntime.manifest import ContextRow, DenoiserSpec
 from mdzoo.checkpoint import CheckpointError, shape_of
 from mdzoo.family import Family
-from mdzoo.layers import FeedForward, LayerNorm, take_rows
+from mdzoo.layers import FeedForward, LayerNorm
 from mdzoo.names import Names
 from mdzoo.transformer import Attention, Block, Stack
 
@@ -147,8 +147,8 @@ class MaskGITJax(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Recompute some rows of the canvas against the K/V caches; see ``mdexport.Denoiser``."""
         x = self.norm(self.tokens(tokens) + F.embedding(positions, self.positions))
-        x, refreshed = self.blocks.step(x, positions, caches)
-        return self._logits(take_rows(x, columns), self.config.codebook), refreshed
+        x, refreshed = self.blocks.step(x, positions, caches, columns=columns)
+        return self._logits(x, self.config.codebook), refreshed
 
     def _logits(self, x: Tensor, columns: int) -> Tensor:
         x = self.last_norm(_gelu(self.dense(x))).float()

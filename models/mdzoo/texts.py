@@ -5,10 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mdruntime.manifest import TextSpec
+from mdruntime.manifest import PromptSpec, TextSpec
+from mdruntime.tokenizer import IDS
+from mdzoo import folder
 from mdzoo.checkpoint import CheckpointError
+from mdzoo.clip import ClipConfig
+from mdzoo.clip_tokenizer import clip_prompt, clip_tokenizer_json
 
-__all__ = ["TOKENIZER", "text_files"]
+__all__ = ["TOKENIZER", "prompt_files", "text_files"]
 
 TOKENIZER = "tokenizer/tokenizer.json"
 """Where a bundle has the tokenizer."""
@@ -34,6 +38,23 @@ def text_files(
             )
         return TextSpec(fallback), {}
     return replace(text, tokenizer=TOKENIZER), {TOKENIZER: read_tokenizer(tokenizer)}
+
+
+def prompt_files(path: Path | None, config: ClipConfig) -> tuple[PromptSpec, dict[str, bytes]]:
+    """Return how prompts become tokens, and the files that takes.
+
+    Args:
+        path: the published folder; None with random weights, whose prompts are ids.
+        config: of the text tower.
+
+    Raises:
+        CheckpointError: the folder holds no tokenizer, or one of another text tower.
+    """
+    if path is None:
+        end = config.vocabulary - 1
+        return PromptSpec(IDS, config.vocabulary, config.positions, end - 1, end, end), {}
+    place = folder.root(path) / "tokenizer"
+    return clip_prompt(place, config, TOKENIZER), {TOKENIZER: clip_tokenizer_json(place)}
 
 
 def read_tokenizer(path: Path) -> bytes:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from mdruntime.errors import SamplingError
 from mdruntime.manifest import DenoiserSpec
 
-__all__ = ["Conditions", "labels_of", "tokens_of", "whole"]
+__all__ = ["Conditions", "labels_of", "text_of", "tokens_of", "whole"]
 
 _LARGEST = 2**64 - 1
 
@@ -71,6 +71,19 @@ def whole(name: str, value: Any, low: int = 0) -> int:
     if not low <= number <= _LARGEST:
         raise SamplingError(f"{name} must be between {low} and 2**64 - 1, got {number}")
     return number
+
+
+def text_of(name: str, value: Any) -> str:
+    """Return a user's text; refuse all else, and half characters, under its name."""
+    if not isinstance(value, str):
+        raise SamplingError(f"{name} must be text, got {str(value)[:40]!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise SamplingError(
+            f"{name} must be valid Unicode, got {value[:40]!r}; pass it as UTF-8"
+        ) from None
+    return value
 
 
 def labels_of(spec: DenoiserSpec, labels: Sequence[int] | None, count: int) -> list[int]:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdruntime.bundle import Bundle
-from mdruntime.conditions import Conditions, labels_of
+from mdruntime.conditions import Conditions, labels_of, text_of
 from mdruntime.errors import BundleError, SamplingError
 from mdruntime.tokenizer import open_tokenizer
 
@@ -74,9 +74,7 @@ def _tokens(bundle: Bundle, texts: Sequence[str]) -> NDArray[np.int32]:
     tokenizer = open_tokenizer(bundle.folder, spec.tokenizer, spec.vocabulary)
     table = np.full((len(texts), spec.length), spec.pad, np.int32)
     for row, text in zip(table, texts, strict=True):
-        if not isinstance(text, str):
-            raise SamplingError(f"prompts must be texts, got {text!r}")
-        ids = [spec.begin, *tokenizer.encode(text), spec.end]
+        ids = [spec.begin, *tokenizer.encode(text_of("a prompt", text)), spec.end]
         if len(ids) > spec.length:
             raise SamplingError(
                 f"a prompt must have at most {spec.length - 2} tokens, got {len(ids) - 2}: "

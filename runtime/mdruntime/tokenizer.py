@@ -34,11 +34,16 @@ class Tokenizer(Protocol):
     def size(self) -> int:
         """Number of ids; all are below it."""
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without any that mark its begin or end."""
+    def encode(self, text: str, *, inside: bool = False) -> list[int]:
+        """Return the ids of a text, without any that mark its begin or end.
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids."""
+        Args:
+            text: what looks like a special token in it is text too.
+            inside: other text stands before it, which is not known yet.
+        """
+
+    def decode(self, ids: Sequence[int], *, inside: bool = False) -> str:
+        """Return the text of ids; ``inside`` says that other text stands before it."""
 
 
 class ByteTokenizer:
@@ -46,11 +51,11 @@ class ByteTokenizer:
 
     size = 256
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, inside: bool = False) -> list[int]:
         """Return the bytes of a text."""
         return list(text.encode())
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, inside: bool = False) -> str:
         """Return the text of bytes; those that are no UTF-8 become U+FFFD."""
         return bytes(i for i in ids if i < self.size).decode(errors="replace")
 
@@ -62,7 +67,7 @@ class IdTokenizer:
         """Take the number of ids."""
         self.size = size
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, inside: bool = False) -> list[int]:
         """Return the ids that a text lists.
 
         Raises:
@@ -77,9 +82,10 @@ class IdTokenizer:
                 )
         return [int(word) for word in words]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, inside: bool = False) -> str:
         """Return ids in decimal."""
-        return "".join(f"{i} " for i in ids)
+        text = " ".join(map(str, ids))
+        return f" {text}" if inside else text
 
 
 class FileTokenizer:
@@ -102,19 +108,49 @@ class FileTokenizer:
         try:
             self._reader: Any = Reader.from_file(str(path))
         except Exception as error:  # the package raises plain exceptions
-            raise BundleError(f"{path.name} is not a tokenizer ({error})") from None
+            raise BundleError(
+                f"{path.name} is not a tokenizer ({error}); export the bundle again"
+            ) from None
+        # A prompt must come through whole, and "<|endoftext|>" in it is what somebody wrote.
+        self._reader.no_truncation()
+        self._reader.no_padding()
+        self._reader.encode_special_tokens = True
+        # Many tokenizers mark the begin of a text, or drop a blank there. What stands inside is
+        # encoded behind a line feed, which merges with nothing, and decoded behind a full stop,
+        # since line feeds may be bytes that spoil the ones after them.
+        self._before, self._ahead = self._ids("\n"), self._ids(".")
 
     @property
     def size(self) -> int:
         """Number of ids, added tokens included."""
         return int(self._reader.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without any that mark its begin or end."""
-        return list(self._reader.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str, *, inside: bool = False) -> list[int]:
+        """Return the ids of a text, without any that mark its begin or end.
 
-    def decode(self, ids: Sequence[int]) -> str:
+        Raises:
+            SamplingError: the tokenizer has no ids for it.
+        """
+        if inside:
+            count = len(self._before)
+            ids = self._ids(f"\n{text}")
+            if ids[:count] == self._before:
+                return ids[count:]
+        return self._ids(text)
+
+    def decode(self, ids: Sequence[int], *, inside: bool = False) -> str:
         """Return the text of ids, without those that mark begin or end."""
+        if not inside:
+            return self._text(ids)
+        return self._text([*self._ahead, *ids]).removeprefix(self._text(self._ahead))
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            return list(self._reader.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # the package raises plain exceptions
+            raise SamplingError(f"the tokenizer cannot read {text[:40]!r} ({error})") from None
+
+    def _text(self, ids: Sequence[int]) -> str:
         return str(self._reader.decode(list(ids), skip_special_tokens=True))
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import mdzoo
 from mdruntime.manifest import TextSpec
 from mdzoo import llamagen, maskbit_vqgan, maskgit_vqgan, vqgan, vqmodel
+from mdzoo.clip import ClipConfig
 from mdzoo.conv import ConvConfig
 from mdzoo.entry import Images
 from mdzoo.titok_tokenizer import TiTokTokenizer, TokenizerConfig, TowerConfig
+from mdzoo.uvit2d_config import UVitConfig
 
 __all__ = ["SMALL", "small_model"]
 
@@ -116,6 +118,31 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+_TEXT = ClipConfig(
+    vocabulary=40, positions=8, width=32, depth=3, heads=4, hidden=48, projection=24, end=39
+)
+_UVIT = UVitConfig(
+    size=4,
+    vocabulary=40,
+    codebook=32,
+    embedding=32,
+    channels=32,
+    blocks=1,
+    block_heads=2,
+    width=48,
+    depth=2,
+    heads=4,
+    hidden=64,
+    text=32,
+    pooled=24,
+    micro=8,
+)
+SMALL["amused"] = ("amused-256", {"transformer": _UVIT, "text": _TEXT})
+SMALL["amused-patch"] = (
+    "amused-512",
+    {"transformer": replace(_UVIT, size=8, patch=2), "text": _TEXT},
+)
+
 _CODECS: dict[str, Callable[[Any], Any]] = {
     "maskgit": lambda c: vqgan.VQGAN(ConvConfig(**TWO_LEVELS, codebook=c.codebook)),
     "halton": lambda c: llamagen.LlamaGenVQ(
@@ -130,7 +157,12 @@ _CODECS: dict[str, Callable[[Any], Any]] = {
     "maskbit": lambda c: maskbit_vqgan.MaskBitVQ(
         replace(maskbit_vqgan.published(c.bits), **TWO_LEVELS)
     ),
-    "amused": lambda c: vqmodel.VQModel(replace(vqmodel.PUBLISHED, **TWO_LEVELS)),
+    "amused": lambda c: vqmodel.VQModel(
+        replace(vqmodel.PUBLISHED, **TWO_LEVELS, codebook=c.transformer.codebook)
+    ),
+    "amused-patch": lambda c: vqmodel.VQModel(
+        replace(vqmodel.PUBLISHED, **TWO_LEVELS, codebook=c.transformer.codebook)
+    ),
     "titok": lambda c: _titok_tokenizer(c),
     "titok-uvit": lambda c: _titok_tokenizer(c),
 }

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,8 +24,8 @@ from mdruntime.bundle import open_bundle
 from mdruntime.head import Controls, Draws, draw, guided
 from mdruntime.session import open_session
 from mdruntime.verify import verify
-from mdzoo.decoder import Palette
 from mdzoo.maskgit import MaskGIT, MaskGITConfig
+from mdzoo.palette import Palette
 
 TINY = MaskGITConfig(grid=4, codebook=6, classes=3, width=16, depth=2, heads=2, hidden=24)
 
@@ -36,7 +37,7 @@ def tiny_model(seed: int = 0) -> mdzoo.Model:
         torch.nn.init.normal_(denoiser.tokens.weight, std=0.3)
         torch.nn.init.normal_(denoiser.positions, std=0.3)
     digits = mdzoo.load(mdzoo.CATALOGUE["digits"], mdzoo.Sources(random_seed=0))
-    return replace(digits, name="tiny", denoiser=denoiser, decoder=Palette(4, 6))
+    return replace(digits, name="tiny", denoiser=denoiser, decoder=Palette(4, 6), encoder=None)
 
 
 def run_build(model: mdexport.Model, folder: Path, **options: object) -> None:
@@ -104,13 +105,15 @@ def test_logits_are_those_of_the_pytorch_model(digits_bundle: Path, ratio: float
     feeds = {
         "tokens": np.concatenate([tokens, ids[:, None]], 1).astype(np.int32),
         "positions": np.tile(np.arange(spec.canvas, dtype=np.int32), (4, 1)),
+        "columns": np.tile(np.arange(spec.length, dtype=np.int32), (4, 1)),
         "conditional": np.arange(4, dtype=np.int32),
         "unconditional": np.arange(4, dtype=np.int32),
         **{name: np.ones(4, np.float32) for name in Controls._fields},
-        "uniforms": np.zeros((4, spec.canvas), np.float32),
+        "uniforms": np.zeros((4, spec.length), np.float32),
     }
     session = open_session(open_bundle(digits_bundle), "denoiser", "cpu")
-    found = session.run(feeds, ["logits"])["logits"][:, : spec.length]
+    session.start(spec.canvas)
+    found = session.run(feeds, ["logits"])["logits"]
     np.testing.assert_allclose(found, expected[..., : spec.codebook], atol=1e-4)
 
 
@@ -180,8 +183,8 @@ def test_graphs_hold_no_trace_of_the_machine_that_made_them(half_bundle: Path) -
             assert source not in path.read_bytes(), path.name
 
 
-def _shifted(self: MaskGIT, tokens: Tensor, positions: Tensor, caches: object) -> object:
-    logits, refreshed = MaskGIT.step(self, tokens, positions, caches)  # type: ignore[arg-type]
+def _shifted(self: MaskGIT, *inputs: Any) -> tuple[Tensor, list[Tensor]]:
+    logits, refreshed = MaskGIT.step(self, *inputs)
     return logits + 0.01 * torch.arange(logits.shape[-1]), refreshed
 
 
@@ -246,7 +249,7 @@ def test_an_existing_folder_is_kept_until_its_successor_is_verified(
 
 def test_recorded_passes_cover_full_and_partial_guided_and_plain() -> None:
     model = tiny_model().denoiser
-    passes, tokens = record(model, model.spec)
+    passes, tokens = record(model)
     rows = [one["tokens"].shape for one in passes]
     assert tokens.max() < TINY.codebook
     assert {shape[1] == model.spec.canvas for shape in rows} == {True, False}

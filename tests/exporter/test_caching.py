@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from numpy.typing import NDArray
 
 from mdexport.reference import TorchSession
 from mdruntime import Canvas, Sampling, unmask
+from mdruntime.conditions import Conditions
 from mdruntime.denoiser import Denoiser
-from mdruntime.head import Draws
 from mdruntime.randomness import Randomness
 from mdruntime.sampler import Denoise, Pass, Result
 from mdzoo.maskgit import MaskGIT, MaskGITConfig
@@ -38,18 +37,8 @@ class Recompute:
         if request.positions is None:
             self.canvas[request.samples] = request.tokens
             return self.full(request)
-        positions = request.positions
-        np.put_along_axis(self.canvas, positions, request.tokens, axis=1)
-        uniforms = np.zeros(self.canvas.shape, np.float32)
-        np.put_along_axis(uniforms, positions, request.uniforms, axis=1)
-        draws = self.full(
-            replace(request, positions=None, tokens=self.canvas.copy(), uniforms=uniforms)
-        ).draws
-
-        def at_rows(values: NDArray[Any]) -> NDArray[Any]:
-            return np.take_along_axis(values, positions, axis=1)
-
-        return Result(Draws(*map(at_rows, draws)))
+        np.put_along_axis(self.canvas, request.positions, request.tokens, axis=1)
+        return self.full(replace(request, positions=None, tokens=self.canvas.copy()))
 
 
 class Listen:
@@ -84,9 +73,9 @@ def entropies(
 def test_partial_passes_equal_recomputing_with_one_layer_only(depth: int, refresh: str) -> None:
     model = random_model(depth)
     sampling = Sampling(rounds=2, substeps=4, refresh=refresh, guidance=1.0)
-    labels = [0, 1, 2, 0]
-    cached = Denoiser(TorchSession(model, model.spec), model.spec, labels)
-    fresh = Denoiser(TorchSession(model, model.spec), model.spec, labels)
+    conditions = Conditions.of([0, 1, 2, 0])
+    cached = Denoiser(TorchSession(model), model.spec, conditions)
+    fresh = Denoiser(TorchSession(model), model.spec, conditions)
     found = entropies(cached, model, sampling)
     expected = entropies(Recompute(fresh, model.spec.length), model, sampling)
     # The first partial pass: later ones may differ in their tokens once one has flipped.

@@ -273,7 +273,7 @@ def test_a_mask_token_in_another_place_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"mask_token_id": 39}))
     assert load_folder(tmp_path).spec.mask_token == 39
     path.write_text(json.dumps({"mask_token_id": 32}))
-    with pytest.raises(CheckpointError, match="last id of its vocabulary, 39.*found 32"):
+    with pytest.raises(CheckpointError, match=r"last id of its vocabulary, 39.*found 32"):
         load_folder(tmp_path)
 
 
@@ -286,10 +286,10 @@ def test_missing_parts_and_tensors_are_named(tmp_path: Path) -> None:
     write_part(tmp_path / "transformer", file, state, TRANSFORMER)
     with pytest.raises(CheckpointError, match=r"1 missing \(transformer.layers.1.attention.qkv"):
         load_folder(tmp_path)
-    with pytest.raises(CheckpointError, match="transformer.adapter.weight"):
+    with pytest.raises(CheckpointError, match=r"transformer\.adapter\.weight"):
         load_folder(tmp_path)
     (tmp_path / "text_encoder" / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="config.json does not exist"):
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         load_folder(tmp_path)
 
 
@@ -308,14 +308,3 @@ def test_sizes_that_must_be_told_are_asked_for(tmp_path: Path) -> None:
     other = {f"text_encoder.{name}": tensor for name, tensor in state.items()} | alone
     with pytest.raises(CheckpointError, match=r"must hold 'text_model.embeddings"):
         FAMILY.infer(other, published, settings)
-
-
-def test_random_weights_give_finite_logits(tmp_path: Path) -> None:
-    write_folder(tmp_path, ODD)
-    torch.manual_seed(0)
-    model = FAMILY.build(load_folder(tmp_path).config)
-    FAMILY.initialise(model)
-    with torch.no_grad():
-        logits = model(tokens_of(cast(Amused, model)), PROMPTS)
-    assert logits.isfinite().all()
-    assert logits.std() > 0.01

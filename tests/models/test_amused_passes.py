@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mdzoo.amused import PUBLISHED, Amused, AmusedConfig
+from mdzoo.amused import FAMILY, PUBLISHED, Amused, AmusedConfig
 from mdzoo.amused_layers import Layer
 from mdzoo.clip import ClipConfig
 from mdzoo.layers import take_rows
@@ -132,13 +132,15 @@ def test_a_partial_pass_sees_fresh_stages_and_the_layers_last_keys(config: UVitC
         logits, refreshed = model.step(ids, chosen, columns, caches, prepared)
         again, _ = model.step(ids, chosen, columns, refreshed, prepared)
     expected = expected_partial(model, old, new, changed)
-    expected = expected.unflatten(1, (canvas, -1))[:, [3, 5]].flatten(1, 2)
+    expected = torch.unflatten(expected, 1, (canvas, -1))[:, [3, 5]].flatten(1, 2)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(again, logits)
     assert not torch.equal(old, new)
 
 
-def test_what_only_the_prompt_decides_leaves_the_passes(whole_pass: WholePass) -> None:
+def test_what_only_the_prompt_decides_leaves_the_passes(
+    whole_pass: WholePass, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = random_model(PLAIN)
     tokens = tokens_of(PLAIN)
     expected, prepared = whole_pass(model, tokens, PROMPTS), model.condition(PROMPTS)
@@ -146,7 +148,7 @@ def test_what_only_the_prompt_decides_leaves_the_passes(whole_pass: WholePass) -
         for name, parameter in model.named_parameters():
             if name.startswith("text_encoder.") or is_prepared(name):
                 parameter.fill_(float("nan"))
-    model.condition = lambda _: dict(prepared)  # type: ignore[method-assign]
+    monkeypatch.setattr(model, "condition", lambda _: dict(prepared))
     assert torch.equal(whole_pass(model, tokens, PROMPTS), expected)
     with torch.device("meta"):
         full = Amused(PUBLISHED["amused-256"]).transformer
@@ -193,3 +195,13 @@ def test_half_precision_survives_strong_channels() -> None:
         half = copy.deepcopy(norm).half()(x.half())
     strength = x.norm(dim=1) / x.norm(dim=1).mean()
     torch.testing.assert_close(half.float(), x * (1 + 0.5 * strength), rtol=2e-3, atol=2)
+
+
+def test_random_weights_give_finite_logits() -> None:
+    torch.manual_seed(0)
+    model = Amused(AmusedConfig(PATCHES, TEXT))
+    FAMILY.initialise(model)
+    with torch.no_grad():
+        logits = model(tokens_of(PATCHES), PROMPTS)
+    assert logits.isfinite().all()
+    assert logits.std() > 0.01

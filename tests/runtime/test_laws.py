@@ -338,6 +338,24 @@ def test_choosing_first_can_have_maskgits_exact_law(
     assert stats.chi2_contingency([counts[common] for counts in found]).pvalue > FALSE_ALARM
 
 
+def test_the_exact_form_follows_a_softmax_temperature_that_falls(
+    lookup: Lookup, bulk: Bulk
+) -> None:
+    # From 3 in the first round to 0.3 in the last, where three positions and four tokens are left.
+    table = np.log(np.random.default_rng(8).dirichlet(np.ones(3), size=4))[None]
+    sampling = Sampling(rounds=2, alpha=4.0, annealing="none", temperature=3, temperature_decay=0.1)
+    found = []
+    for seed, order in enumerate(("maskgit", "maskgit-exact")):
+        denoise, start = lookup(table.astype(np.float32), SAMPLES), np.full((SAMPLES, 4), 3)
+        steps = sampled(
+            denoise, start.astype(np.int32), 3, sampling.but(order=order), bulk(seed, SAMPLES)
+        )
+        (*_, canvases) = steps
+        found.append(outcomes(canvases, 3))
+    common = sum(found) >= 10
+    assert stats.chi2_contingency([counts[common] for counts in found]).pvalue > FALSE_ALARM
+
+
 # One round of MaskGIT and one of the moment sampler, as exponential races: a position is chosen
 # if its clock is among the first to ring. MaskGIT's clocks have the rates p_i(x_i)^(1/alpha) of
 # tokens drawn before, the moment sampler's the moments. Given the tokens of the chosen positions
