@@ -21,7 +21,7 @@ from mdexport.folder import prepare, publish, require_space
 from mdexport.model import Model
 from mdexport.precision import LIMITS, cast, dtype_of, float32_operators
 from mdexport.reference import conditioned, record, write_images
-from mdexport.report import write_report
+from mdexport.report import summary, write_report
 from mdexport.trace import (
     OPSET,
     cache_names,
@@ -54,6 +54,8 @@ class Options:
     precision: str = "fp32"
     logits: bool = False
     """Let the TensorRT spelling return logits too; ONNX Runtime computes them only when asked."""
+    encoder: bool = True
+    """Export the image encoder too, where the model has one: editing needs it."""
     force: bool = False
     """Replace an existing folder, once its successor is verified."""
 
@@ -80,6 +82,10 @@ class _Work:
         self.tokens = np.zeros((0, 0), np.int32)
         self.result = Verification({}, {}, 0)
 
+    @property
+    def _encodes(self) -> bool:
+        return self.options.encoder and self.model.encoder is not None
+
     def reference(self) -> str:
         """Record the PyTorch model's answers along whole trajectories."""
         model = self.model
@@ -91,7 +97,8 @@ class _Work:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         if model.decoder is not None:
-            write_images(self.folder, self.tokens, model.decoder, model.encoder)
+            encoder = model.encoder if self._encodes else None
+            write_images(self.folder, self.tokens, model.decoder, encoder)
         return f"{len(passes)} passes of the PyTorch model, 2 samples"
 
     def denoiser(self) -> str:
@@ -149,7 +156,7 @@ class _Work:
             yield "condition", self.condition
         if self.model.decoder is not None:
             yield "decoder", self.decoder
-        if self.model.encoder is not None:
+        if self._encodes:
             yield "encoder", self.encoder
         yield "verify", self.verified
 
@@ -184,7 +191,7 @@ class _Work:
             )
         measured = self.result.measured
         self._write_manifest(measured)
-        return _verified(measured)
+        return summary(measured)
 
     def _write_manifest(self, measured: dict[str, float]) -> None:
         manifest = self._manifest(measured)
@@ -282,21 +289,6 @@ def _buckets(canvas: int) -> tuple[int, ...]:
 def _size(folder: Path, stem: str) -> str:
     total = sum(path.stat().st_size for path in folder.glob(f"{stem}*"))
     return f"{total / 1e6:.1f} MB"
-
-
-def _verified(measured: Mapping[str, float]) -> str:
-    """Return what was measured, as far as one line holds it."""
-    text = f"tokens {measured['token_agreement']:.2%} equal, "
-    text += f"log-probabilities within {measured['log_prob']:.1e}"
-    if "psnr_db" in measured:
-        text += f", decoder {_decibels(measured['psnr_db'])}"
-    if "encoder_agreement" in measured:
-        text += f", encoder {measured['encoder_agreement']:.2%}"
-    return text
-
-
-def _decibels(value: float) -> str:
-    return "exact" if value >= 200 else f"{value:.0f} dB"
 
 
 def _toolchain() -> dict[str, str]:

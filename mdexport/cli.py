@@ -81,6 +81,7 @@ def cli() -> None:
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
 @click.option("--fp16", "--half", "half", is_flag=True, help="the same as --precision fp16")
 @click.option("--logits", is_flag=True, help="let the TensorRT spelling return logits too")
+@click.option("--no-encoder", is_flag=True, help="leave the image encoder out: no editing")
 @click.option("--force", is_flag=True, help="replace an existing folder")
 @click.option("--json", "as_json", is_flag=True, help="print JSON lines")
 def build_command(**options: Any) -> None:
@@ -94,7 +95,12 @@ def build_command(**options: Any) -> None:
     model = mdzoo.load(entry, given)
     if not options["as_json"]:
         click.echo(f"{entry.name}, {precision}: {model.weights.summary}")
-    made = Options(precision=precision, logits=options["logits"], force=options["force"])
+    made = Options(
+        precision=precision,
+        logits=options["logits"],
+        encoder=not options["no_encoder"],
+        force=options["force"],
+    )
     with contextlib.closing(build(model, folder, made)) as steps:
         for progress in steps:
             say(progress)

@@ -119,9 +119,10 @@ def _facts(entry: mdzoo.Entry) -> dict[str, Any]:
 
 @click.command("list")
 @click.argument("names", nargs=-1)
+@click.option("--long", "-l", is_flag=True, help="all there is to know of every model")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 @click.option("--markdown", is_flag=True, help="print the README's table")
-def list_command(names: tuple[str, ...], as_json: bool, markdown: bool) -> None:
+def list_command(names: tuple[str, ...], long: bool, as_json: bool, markdown: bool) -> None:
     """Show the models, or those named, their sizes, and the files they need."""
     if markdown:
         click.echo(model_table(), nl=False)
@@ -129,12 +130,14 @@ def list_command(names: tuple[str, ...], as_json: bool, markdown: bool) -> None:
     for entry in map(find, names) if names else mdzoo.CATALOGUE.values():
         if as_json:
             click.echo(json.dumps(_facts(entry)))
-        elif names:
+        elif names or long:
             _describe(entry)
         else:
             click.echo(f"{entry.name:18} {entry.parameters / 1e6:6.1f} M  {entry.summary}")
-    if not (as_json or names):
-        click.echo("files, sizes, licence and samplers of a model: mdexport list NAME")
+    if not (as_json or names or long):
+        click.echo(
+            "Sizes, files, licence and samplers: mdexport list NAME, or mdexport list --long"
+        )
 
 
 def _describe(entry: mdzoo.Entry) -> None:
@@ -149,6 +152,6 @@ def _describe(entry: mdzoo.Entry) -> None:
         ("presets", ", ".join(entry.presets)),
     ]
     for name, text in rows:
-        click.echo(f"{name:14} {text}")
+        click.echo(f"{name:17} {text}")
     if not entry.files:
-        click.echo(f"{'files':14} weights are included")
+        click.echo(f"{'files':17} weights are included")

@@ -1,11 +1,11 @@
 """``report.md``: what was built and what was measured, for people."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mdruntime.manifest import Manifest
 
-__all__ = ["write_report"]
+__all__ = ["summary", "write_report"]
 
 _MEANING = {
     "log_prob": "largest difference of a log-probability, nats",
@@ -14,6 +14,21 @@ _MEANING = {
     "encoder_agreement": "share of the encoder's tokens that are equal",
     "psnr_db": "decoder's peak signal-to-noise ratio, dB (200: all pixels are equal)",
 }
+
+
+def summary(measured: Mapping[str, float]) -> str:
+    """Return what was measured, as far as one line holds it."""
+    text = f"tokens {measured['token_agreement']:.2%} equal, "
+    text += f"log-probabilities within {measured['log_prob']:.1e}"
+    if "psnr_db" in measured:
+        text += f", decoder {_decibels(measured['psnr_db'])}"
+    if "encoder_agreement" in measured:
+        text += f", encoder {measured['encoder_agreement']:.2%}"
+    return text
+
+
+def _decibels(value: float) -> str:
+    return "exact" if value >= 200 else f"{value:.0f} dB"
 
 
 def write_report(folder: Path, manifest: Manifest) -> None:

@@ -1,10 +1,10 @@
 """Presets of the published models: the authors' sampler first, then ours by cost.
 
-``published`` is what the authors' repository runs. ``fast``, ``balanced`` and ``best`` cost about
-half as much, about as much and about twice as much as it does; ``default`` is ``balanced``. Image
-models take Hayakawa et al.'s samplers for these (arXiv 2510.04525): positions chosen before tokens,
-spread over the image first and by the moment later, and a full pass followed by a cheap partial
-one, so that a round makes two steps. Text models stay with ancestral sampling.
+``published`` is what the authors' repository runs. ``fast``, ``balanced`` and ``best`` take more
+passes in this order, and ``default`` is ``balanced``; their quality was not measured with published
+weights. Image models take Hayakawa et al.'s samplers for these (arXiv 2510.04525): positions chosen
+before tokens, spread over the image first and by the moment later, and a full pass followed by a
+cheap partial one, so that a round makes two steps. Text models stay with ancestral sampling.
 
 Sources: valeoai/Maskgit-pytorch and Halton-MaskGIT, google-research/maskgit, LTH14/mage,
 huggingface/diffusers (aMUSEd), bytedance/1d-tokenizer (TiTok), markweberdev/maskbit,
@@ -17,8 +17,8 @@ Unlike the originals,
   itself, and turn it into code 1023 or 16383 before decoding;
 - a Halton order is always rolled by an offset of the sample's, which Halton-MaskGIT's
   ``randomize`` turns on and its configuration file off;
-- Halton-MaskGIT's softmax temperature of 1 to 1.2 in the README, a factor of the logits, is left
-  out: its FID scores were reached at 1;
+- the logits' factor that rises from 1 to 1.2 in Halton-MaskGIT's README is left out: in its
+  configuration file it stays at 1;
 - MDLM, SDTT and SMDM reveal every token in one of the rounds, all equally likely; the originals
   stop at t = 1e-5, where one token in 100,000 is still hidden: MDLM and SDTT put the likeliest
   value there, SMDM draws it in the last round;
@@ -69,7 +69,7 @@ def _two_steps(published: Sampling, fast: int, balanced: int, best: int) -> Pres
         balanced: rounds of this one.
         best: and of this one.
     """
-    # Exploring early is what the paper found best: what is far apart is nearly independent.
+    # Explore early: what is far apart is nearly independent, and informs all that is left.
     ours = published.but(order="hybrid", exploration=(1.0, 0.0), substeps=2)
     return _named(published, *(ours.but(rounds=rounds) for rounds in (fast, balanced, best)))
 
@@ -102,7 +102,7 @@ def maskgit(rounds: int, guidance: float, alpha: float) -> Presets:
 
 
 _HALTON_GUIDANCE = {
-    # Of their best FID: larger models need less.
+    # Those of the best FID of each size: larger models need less.
     "tiny": 1.5,
     "small": 1.0,
     "base": 0.7,

@@ -5,15 +5,15 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mdruntime.bundle import open_bundle
 from mdruntime.denoiser import HEADS
-from mdruntime.errors import SamplingError
 from mdruntime.images import enlarge, save_animation, save_image, sheet
 from mdruntime.options import (
     add_sampling_flags,
@@ -28,9 +28,13 @@ from mdruntime.pipeline import Images, Pipeline
 from mdruntime.records import to_json
 from mdruntime.runner import Runner
 from mdruntime.sampler import Step, Tokens
-from mdruntime.text import TextPipeline
+from mdruntime.text import TextPipeline, TextStep
 
 __all__ = ["add_flags", "facts_of", "run", "say_random", "with_bar"]
+
+_State = TypeVar("_State")
+_GAP = 16
+_SEPARATOR = "\n---\n"  # between texts, which may have several lines
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +44,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("-p", "--prompt", action="append", metavar="TEXT", help="what to draw, or how to begin")
     add("--negative-prompt", default="", metavar="TEXT", help="what an image should not show")
     add("--infill", metavar="TEXT", help="text with gaps (___) to be filled in")
-    add("--gap", type=int, default=16, metavar="N", help="tokens that fill a gap")
+    add("--gap", type=int, metavar="N", help=f"tokens that fill a gap; {_GAP} if not given")
     add("--length", type=int, default=0, metavar="N", help="tokens of a text, prompt included")
     add("-n", "--count", type=int, default=1, metavar="N", help="results per label or prompt")
     add("--seed", type=int, default=0, metavar="S", help="seed of all randomness")
@@ -49,7 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--head", default="graph", help=f"sampler head: {', '.join(HEADS)}")
     add("-o", "--output", type=Path, metavar="FILE", help="image or text file to write")
     add("--animate", type=Path, metavar="FILE", help="GIF of the unmasking")
-    add("--stream", action="store_true", help="print a text after every pass")
+    add("--stream", action="store_true", help="show the texts after every pass")
     add("--columns", type=int, default=0, metavar="N", help="images in a row")
     add("--scale", type=int, default=0, metavar="N", help="enlarge every pixel")
     add("-q", "--quiet", action="store_true", help="print nothing but errors and texts")
@@ -124,7 +128,7 @@ def _images(pipeline: Pipeline, options: argparse.Namespace) -> tuple[Images, in
             first_index=options.first_index + start,
             **_request(options),
         )
-        for step in with_bar(steps, options, start, total):
+        for step in with_bar(steps, options, start, total, lambda step: step):
             if options.animate is not None:
                 frames.append(pipeline.preview(step.tokens))
         passes += step.passes
@@ -140,22 +144,27 @@ def _repeated(given: list[Any] | None, options: argparse.Namespace) -> list[Any]
 
 
 def with_bar(
-    steps: Iterator[Step], options: argparse.Namespace, start: int, total: int
-) -> Iterator[Step]:
-    """Pass steps on, drawing a bar that counts revealed tokens where somebody looks."""
-    if not sys.stderr.isatty() or options.quiet or options.json:
-        yield from steps
+    states: Iterator[_State],
+    options: argparse.Namespace,
+    start: int,
+    total: int,
+    step_of: Callable[[_State], Step],
+) -> Iterator[_State]:
+    """Pass states on, drawing a bar that counts revealed tokens where somebody looks."""
+    if not sys.stderr.isatty() or options.quiet or options.json or options.stream:
+        yield from states
         return
     began = time.perf_counter()
     try:
-        for step in steps:
+        for state in states:
+            step = step_of(state)
             batch, length = step.tokens.shape
             done = (start * length + batch * length - step.hidden) / (total * length)
             bar = ("#" * round(30 * done)).ljust(30, ".")
             seconds = time.perf_counter() - began
             line = f"\r[{bar}] {done:4.0%}  pass {step.passes}  {seconds:.1f} s "
             print(line, end="", file=sys.stderr, flush=True)
-            yield step
+            yield state
     finally:  # an error's line stands alone, too
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
@@ -182,18 +191,18 @@ def _texts(runner: Runner, options: argparse.Namespace, facts: dict[str, Any]) -
     pipeline = TextPipeline(runner)
     began = time.perf_counter()
     canvas = _canvas(pipeline, options)
-    texts, passes = [], 0
-    for start in range(0, len(canvas), options.batch_size):
+    texts, passes, total = [], 0, len(canvas)
+    for start in range(0, total, options.batch_size):
         part = canvas[start : start + options.batch_size]
-        for state in pipeline.steps(
-            part, first_index=options.first_index + start, **_request(options)
-        ):
+        states = pipeline.steps(part, first_index=options.first_index + start, **_request(options))
+        for state in with_bar(states, options, start, total, lambda state: state.step):
             if options.stream:
-                _say_step(state.texts, state.step)
+                _say_step(state)
         texts += state.texts
         passes += state.step.passes
     seconds = time.perf_counter() - began
-    facts |= {"texts": texts, "passes": passes, "generate_s": round(seconds, 3)}
+    facts |= {"infill": options.infill, "length": canvas.shape[1], "texts": texts}
+    facts |= {"passes": passes, "generate_s": round(seconds, 3)}
     _say_texts(options, facts)
 
 
@@ -201,29 +210,45 @@ def _canvas(pipeline: TextPipeline, options: argparse.Namespace) -> Tokens:
     if options.infill is None:
         prompts = _repeated(options.prompt, options) or None
         return pipeline.canvas(prompts, count=options.count, length=options.length)
-    if options.prompt or options.length:
-        raise SamplingError("--infill says the whole text; leave --prompt and --length out")
-    return pipeline.gaps(options.infill, options.gap).repeat(options.count, axis=0)
+    gap = _GAP if options.gap is None else options.gap
+    return pipeline.gaps(options.infill, gap).repeat(options.count, axis=0)
 
 
-def _say_step(texts: list[str], step: Step) -> None:
-    print(f"--- pass {step.passes}, {step.hidden} tokens hidden", file=sys.stderr)
-    print("\n".join(texts), file=sys.stderr, flush=True)
+def _say_step(state: TextStep) -> None:
+    """Show the texts of a pass on stderr: stdout is for those that are finished."""
+    print(f"--- pass {state.step.passes}, {state.step.hidden} tokens hidden", file=sys.stderr)
+    print(*map(_harmless, state.texts), sep=_SEPARATOR, file=sys.stderr, flush=True)
+
+
+def _harmless(text: str) -> str:
+    """Return a text without the characters that would control a terminal."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
+        for c in text
+    )
+
+
+def _print_texts(texts: list[str]) -> None:
+    """Print texts as they are, or as a terminal can bear them."""
+    page = _SEPARATOR.join(map(_harmless, texts) if sys.stdout.isatty() else texts)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(page.encode(encoding, errors="replace").decode(encoding))
 
 
 def _say_texts(options: argparse.Namespace, facts: dict[str, Any]) -> None:
     texts: list[str] = facts["texts"]
     if options.output is not None:
-        options.output.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+        options.output.write_text(f"{_SEPARATOR.join(texts)}\n", encoding="utf-8")
     if options.json:
         print(json.dumps(facts))
         return
     if options.output is None:
-        print("\n---\n".join(texts))
+        _print_texts(texts)
     if not options.quiet:
         per_text = 1000 * facts["generate_s"] / len(texts)
+        wrote = "" if options.output is None else f"wrote {options.output}: "
         print(
-            f"{len(texts)} text(s) in {facts['generate_s']:.2f} s ({per_text:.0f} ms each, "
+            f"{wrote}{len(texts)} text(s) in {facts['generate_s']:.2f} s ({per_text:.0f} ms each, "
             f"{facts['passes']} passes, {facts['provider']}), loaded in {facts['load_s']:.2f} s",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""Image files: contact sheets and animations, written with Pillow where it is installed."""
+"""Image files: read, and written as contact sheets and animations, with Pillow if installed."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def _pillow() -> Any:
         from PIL import Image as pillow  # noqa: N813 - the module is named like a class
     except ImportError:
         raise ProviderError(
-            "writing images needs Pillow; install it with: python -m pip install pillow"
+            "image files need Pillow; install it with: python -m pip install pillow"
         ) from None
     return pillow
 
@@ -71,16 +71,18 @@ def check_folder(path: Path) -> None:
 
 
 def read_image(path: Path) -> Image:
-    """Read an image file.
+    """Read an image file, upright as its camera says.
 
     Raises:
         SamplingError: there is no such file, or it is not an image.
         ProviderError: Pillow is not installed.
     """
     pillow = _pillow()
+    from PIL import ImageOps
+
     try:
         with pillow.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError:
         raise SamplingError(f"the image {str(path)!r} does not exist") from None
     except (OSError, ValueError, pillow.DecompressionBombError) as error:

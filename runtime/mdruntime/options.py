@@ -111,8 +111,10 @@ def check_images(options: argparse.Namespace) -> None:
     Raises:
         SamplingError: nothing to write, the same file twice, or flags of text models.
     """
-    if options.infill is not None or options.length or options.stream:
-        raise SamplingError("this bundle makes images; leave --infill, --length and --stream out")
+    if options.infill is not None or options.length or options.stream or options.gap is not None:
+        raise SamplingError(
+            "this bundle makes images; leave --infill, --gap, --length and --stream out"
+        )
     if options.output is None and options.animate is None:
         raise SamplingError("nothing to write: pass -o FILE.png, or --animate FILE.gif")
     if options.output == options.animate:
@@ -126,12 +128,18 @@ def check_texts(options: argparse.Namespace) -> None:
     """Refuse what could only fail after the texts are written.
 
     Raises:
-        SamplingError: flags of image models, or a folder that does not exist.
+        SamplingError: flags of image models or that rule each other out, or no such folder.
     """
-    if options.labels is not None or options.animate is not None or options.negative_prompt:
+    others = (options.negative_prompt, options.animate, options.columns, options.scale)
+    if options.labels is not None or any(others):
         raise SamplingError(
-            "this bundle makes text; leave --labels, --animate and --negative-prompt out"
+            "this bundle makes text; leave --labels, --negative-prompt, --animate, --columns and "
+            "--scale out"
         )
+    if options.infill is None and options.gap is not None:
+        raise SamplingError("--gap is the size of gaps; pass a text that has some: --infill TEXT")
+    if options.infill is not None and (options.prompt or options.length):
+        raise SamplingError("--infill says the whole text; leave --prompt and --length out")
     if options.output is not None:
         check_folder(options.output)
 

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from mdruntime import edit
 from mdruntime.bundle import Bundle
 from mdruntime.conditions import Conditions, tokens_of
+from mdruntime.edit import Images
 from mdruntime.errors import SamplingError
 from mdruntime.manifest import ImageSpec, Manifest
 from mdruntime.prompt import conditions_of
@@ -18,8 +19,6 @@ from mdruntime.sampler import Step, Tokens
 from mdruntime.sampling import Sampling
 
 __all__ = ["Images", "Pipeline"]
-
-Images = NDArray[np.uint8]  # (batch, height, width, 3)
 
 _HIDDEN_COLOUR = (72, 104, 168)
 
@@ -221,6 +220,8 @@ class Pipeline:
         Raises:
             SamplingError: images of another size, or a bundle without an encoder.
         """
+        if "encoder" not in self.manifest.graphs:
+            raise SamplingError("this bundle has no encoder, so that it cannot read images")
         given = edit.images_of(self.image, images)
         return self._runner.one_by_one("encoder", "images", list(given))
 
@@ -280,9 +281,7 @@ class Pipeline:
         hidden = ids == spec.mask_token
         images = self.decode(np.where(hidden, np.int32(0), ids)).copy()
         if image.factor:
-            cells = hidden.reshape(-1, *spec.grid)
-            tile = (image.height // spec.grid[0], image.width // spec.grid[1])
-            images[cells.repeat(tile[0], axis=1).repeat(tile[1], axis=2)] = _HIDDEN_COLOUR
+            images[edit.pixels_of(spec, image, hidden)] = _HIDDEN_COLOUR
         return images
 
     def _of_canvas(

@@ -3,14 +3,15 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from mdruntime.bundle import Bundle
-from mdruntime.conditions import Conditions, tokens_of, whole
+from mdruntime.conditions import Conditions, text_of, tokens_of, whole
 from mdruntime.errors import BundleError, SamplingError
 from mdruntime.manifest import Manifest
 from mdruntime.runner import Runner
@@ -21,7 +22,8 @@ from mdruntime.tokenizer import open_tokenizer
 __all__ = ["GAP", "HIDDEN", "TextPipeline", "TextStep"]
 
 GAP = "___"
-"""Stands for a gap in a text to be filled in: three underscores, or more of them."""
+"""Stands for a gap in a text to be filled in: three underscores, or more of them. A prompt has no
+gaps: there underscores are text."""
 
 HIDDEN = "\N{LIGHT SHADE}"
 """Stands for a token that is still hidden, in the texts of steps."""
@@ -114,7 +116,7 @@ class TextPipeline:
         A text depends on the seed, its index, its length and the options only, not on the batch.
 
         Args:
-            prompts: how each text begins; None writes ``count`` texts from nothing.
+            prompts: how each text begins, word for word; None writes ``count`` texts from nothing.
             count: number of texts where there are no prompts.
             length: tokens of each text, prompt included; 0 stands for the model's own length.
             batch_size: largest number of texts that are written together.
@@ -136,7 +138,8 @@ class TextPipeline:
         Args:
             texts: each with at least one ``GAP``; what stands around the gaps does not change.
             gap: tokens that every gap is filled with.
-            batch_size: largest number of texts that are written together.
+            batch_size: largest number of texts that are written together; those that follow each
+                other and are equally long in tokens are.
             options: ``seed``, ``first_index``, ``preset``, and fields of ``Sampling``.
 
         Returns:
@@ -147,10 +150,11 @@ class TextPipeline:
         """
         given = [texts] if isinstance(texts, str) else list(texts)
         canvases = [self.gaps(text, gap) for text in given]
+        first = whole("first_index", options.get("first_index", 0))
         done: list[str] = []
-        for index, canvas in enumerate(canvases):  # of different lengths, hence one by one
-            first = whole("first_index", options.get("first_index", 0)) + index
-            done += self._write(canvas, batch_size, {**options, "first_index": first})
+        for _, alike in groupby(canvases, np.size):
+            request = {**options, "first_index": first + len(done)}
+            done += self._write(np.concatenate(list(alike)), batch_size, request)
         return done
 
     def steps(self, canvas: Tokens, **options: Any) -> Iterator[TextStep]:
@@ -162,8 +166,9 @@ class TextPipeline:
         """
         ids = tokens_of(self.manifest.denoiser, canvas)
         sampling, source = self._runner.request(len(ids), options)
+        given = self._given(ids)
         for step in self._runner.unmask(ids, self._conditions(ids), sampling, source):
-            yield TextStep([self.decode(row) for row in step.tokens], step)
+            yield TextStep(list(map(self.decode, step.tokens, given)), step)
 
     def canvas(
         self, prompts: Sequence[str] | None = None, *, count: int = 1, length: int = 0
@@ -172,69 +177,97 @@ class TextPipeline:
         length = self._length(length)
         if prompts is None:
             return self._runner.blank(whole("count", count, 1), length)
-        if isinstance(prompts, str):
-            raise SamplingError('prompts must be a list of texts, as ["Once upon"], got one text')
+        if isinstance(prompts, str) or not len(prompts):
+            raise SamplingError(
+                f'prompts must be a list of texts, such as ["Once upon"], got {prompts!r}'
+            )
         canvas = self._runner.blank(len(prompts), length)
         for row, prompt in zip(canvas, prompts, strict=True):
-            ids = [*self._begin(), *self._encode(prompt)]
-            self._check_room(len(ids), length, prompt)
+            ids = [*self._begin(), *self._encode("a prompt", prompt)]
+            if len(ids) >= length:
+                raise SamplingError(
+                    f"a prompt must leave room on a canvas of {length} tokens, got {len(ids)} "
+                    f"tokens, {prompt[:40]!r}; shorten it" + self._longer(length)
+                )
             row[: len(ids)] = ids
         return canvas
 
     def gaps(self, text: str, gap: int = 16) -> Tokens:
         """Return the canvas of a text with gaps of ``gap`` tokens, int32 (1, length)."""
-        pieces = _GAPS.split(_checked(text))
-        if len(pieces) == 1:
+        name, spec = "a text with gaps", self.manifest.denoiser
+        first, *others = _GAPS.split(text_of(name, text))
+        if not others:
+            raise SamplingError(f"{name} must have a gap {GAP!r}, got {text[:40]!r}")
+        ids = [*self._begin(), *self._encode(name, first)]
+        rest = [self._encode(name, piece, inside=True) for piece in others]
+        size = whole("gap", gap, 1)
+        total = len(ids) + sum(map(len, rest)) + size * len(rest)
+        if total > spec.length:
             raise SamplingError(
-                f"a text to be filled in must have a gap {GAP!r}, got {text[:40]!r}"
+                f"{name} must have at most {spec.length} tokens, got {total} with {size} for a "
+                f"gap, {text[:40]!r}; shorten it or its gaps"
             )
-        hole = [self.manifest.denoiser.mask_token] * whole("gap", gap, 1)
-        ids = [*self._begin(), *self._encode(pieces[0])]
-        for piece in pieces[1:]:
-            ids += [*hole, *self._encode(piece)]
-        spec = self.manifest.denoiser
-        self._check_room(len(ids), spec.length + 1, text)
-        if not spec.flexible:
-            ids += [spec.mask_token] * (spec.length - len(ids))
-        return np.array([ids], np.int32)
+        for piece in rest:
+            ids += [spec.mask_token] * size + piece
+        left = 0 if spec.flexible else spec.length - total
+        return np.array([ids + [spec.mask_token] * left], np.int32)
 
-    def decode(self, tokens: NDArray[np.int32]) -> str:
-        """Return the text of one canvas (length,), up to the token that ends it."""
-        ids, spec = tokens.tolist(), self.manifest.denoiser
-        begin, end = self._text.begin, self._text.end
-        if ids and ids[0] == begin:
-            ids = ids[1:]
-        if end in ids:
-            ids = ids[: ids.index(end)]
+    def decode(self, tokens: ArrayLike, given: ArrayLike = False) -> str:
+        """Return the text of a canvas, up to the token that ends it.
+
+        Args:
+            tokens: int (length,); hidden ones become ``HIDDEN``.
+            given: bool (length,), tokens that were not drawn. They are in the text, whatever is
+                drawn between them.
+        """
+        spec = self.manifest.denoiser
+        ids = tokens_of(spec, np.asarray(tokens)[None])[0]
+        known = np.broadcast_to(np.asarray(given, bool), ids.shape)
+        start = int(ids[0] == self._text.begin)
+        # A token that ends the text in a gap must not end what is given behind the gap.
+        behind = max(start, int(known.nonzero()[0].max(initial=-1)) + 1)
+        ends = np.flatnonzero(ids[behind:] == self._text.end)
+        stop = behind + int(ends[0]) if len(ends) else len(ids)
+        kinds = zip(ids.tolist(), known.tolist(), strict=True)
+        return self._joined(list(kinds)[start:stop])
+
+    def _joined(self, tokens: list[tuple[int, bool]]) -> str:
+        """Return the text of ids that are given or not: what is drawn cannot spoil what is given.
+
+        A half character at the border would, in tokenizers that spell bytes as tokens.
+        """
+        mask, marks = self.manifest.denoiser.mask_token, (self._text.begin, self._text.end)
         parts: list[str] = []
-        run: list[int] = []
-        for token in ids:
-            if token != spec.mask_token:
-                run.append(token)
-                continue
-            parts += [self.tokenizer.decode(run) if run else "", HIDDEN]
-            run = []
-        return "".join([*parts, self.tokenizer.decode(run) if run else ""])
+        for (hidden, _), run in groupby(tokens, lambda pair: (pair[0] == mask, pair[1])):
+            ids = [token for token, _ in run if token not in marks]
+            if hidden:
+                parts.append(HIDDEN * len(ids))
+            else:
+                parts.append(self.tokenizer.decode(ids, inside=bool(parts)))
+        return "".join(parts)
 
     def _write(self, canvas: Tokens, batch_size: int, options: dict[str, Any]) -> list[str]:
         parts = self._runner.finish(canvas, self._conditions(canvas), batch_size, options)
-        return [self.decode(row) for part in parts for row in part]
+        return list(map(self.decode, np.concatenate(list(parts)), self._given(canvas)))
+
+    def _given(self, canvas: Tokens) -> NDArray[np.bool_]:
+        return canvas != self.manifest.denoiser.mask_token
 
     def _conditions(self, canvas: Tokens) -> Conditions:
         """Return conditions under which guidance strengthens what is given."""
-        known = canvas != self.manifest.denoiser.mask_token
-        return Conditions(np.full(len(canvas), -1), given=known)
+        return Conditions(np.full(len(canvas), -1), given=self._given(canvas))
 
     def _begin(self) -> list[int]:
         return [] if self._text.begin < 0 else [self._text.begin]
 
-    def _encode(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(_checked(text)) if text else []
+    def _encode(self, name: str, text: str, *, inside: bool = False) -> list[int]:
+        text = text_of(name, text)
+        ids = self.tokenizer.encode(text, inside=inside) if text else []
         largest = self.manifest.denoiser.codebook - 1
-        if ids and max(ids) > largest:
+        if max(ids, default=0) > largest:
             raise SamplingError(
-                f"the tokenizer gave the id {max(ids)}, the model knows 0 to {largest}: "
-                "they do not belong together"
+                f"the tokenizer gave the id {max(ids)}, the model knows 0 to {largest}: they do "
+                "not belong together; export the bundle again with the model's own --tokenizer"
             )
         return ids
 
@@ -246,19 +279,5 @@ class TextPipeline:
             raise SamplingError(f"length must be {most} {spec.length} tokens, got {wished}")
         return wished
 
-    def _check_room(self, tokens: int, length: int, text: str) -> None:
-        if tokens >= length:
-            raise SamplingError(
-                f"a text of {tokens} tokens leaves no room on a canvas of {length}: "
-                f"{text[:40]!r}...; shorten it, or allow for a larger length"
-            )
-
-
-def _checked(text: str) -> str:
-    if not isinstance(text, str):
-        raise SamplingError(f"a text must be a string, got {text!r}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise SamplingError(f"a text must be valid Unicode, got {text[:40]!r}") from None
-    return text
+    def _longer(self, length: int) -> str:
+        return " or allow for a larger length" if length < self.manifest.denoiser.length else ""

@@ -118,7 +118,7 @@ class FileTokenizer:
         # Many tokenizers mark the begin of a text, or drop a blank there. What stands inside is
         # encoded behind a line feed, which merges with nothing, and decoded behind a full stop,
         # since line feeds may be bytes that spoil the ones after them.
-        self._before, self._ahead = self._ids("\n"), self._ids(".")
+        self._before, self._ahead = self._some("\n"), self._some(".")
 
     @property
     def size(self) -> int:
@@ -131,7 +131,7 @@ class FileTokenizer:
         Raises:
             SamplingError: the tokenizer has no ids for it.
         """
-        if inside:
+        if inside and self._before:
             count = len(self._before)
             ids = self._ids(f"\n{text}")
             if ids[:count] == self._before:
@@ -149,6 +149,12 @@ class FileTokenizer:
             return list(self._reader.encode(text, add_special_tokens=False).ids)
         except Exception as error:  # the package raises plain exceptions
             raise SamplingError(f"the tokenizer cannot read {text[:40]!r} ({error})") from None
+
+    def _some(self, text: str) -> list[int]:
+        try:
+            return self._ids(text)
+        except SamplingError:  # then texts have no such character
+            return []
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self._reader.decode(list(ids), skip_special_tokens=True))

@@ -1,15 +1,30 @@
 """Fakes shared by the tests of the sampler: model-free denoisers that always see everything."""
 
+import runpy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mdruntime.bundle import Bundle
 from mdruntime.head import draw
+from mdruntime.manifest import (
+    DenoiserSpec,
+    Manifest,
+    TextSpec,
+    VerificationRecord,
+    WeightsSpec,
+)
 from mdruntime.randomness import Purpose, Randomness
+from mdruntime.runner import Runner
 from mdruntime.sampler import Denoise, Pass, Result, Tokens
+from mdruntime.sampling import Sampling
+from mdruntime.session import Feeds, FunctionSession
+from mdruntime.text import TextPipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +85,89 @@ def toy(lookup: Callable[[NDArray[np.float32], int], Denoise]) -> Callable[[int]
     """Return a function from a batch size to a chaotic denoiser of 4 x 4 tokens out of 8."""
     table = np.random.default_rng(0).normal(0, 2, (97, 16, 8)).astype(np.float32)
     return lambda batch: lookup(table, batch)
+
+
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function from a family to a bundle of a small random model, built once."""
+    place, done = tmp_path_factory.mktemp("small"), dict[str, Path]()
+
+    def build(family: str) -> Path:
+        import mdexport
+
+        if family not in done:
+            families = Path(__file__).parents[1] / "exporter" / "families.py"
+            model = runpy.run_path(str(families))["small_model"](family)
+            for _ in mdexport.build(model, place / family, mdexport.Options()):
+                pass
+            done[family] = place / family
+        return done[family]
+
+    return build
+
+
+@dataclass
+class Script:
+    """A text denoiser that wants a certain token at every position, and keeps what it is fed."""
+
+    wanted: Sequence[int]  # (length,), or fewer: the last one for all the rest
+    codebook: int
+    feeds: list[Feeds] = field(default_factory=list)
+
+    def __call__(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
+        self.feeds.append(feeds)
+        active = len(feeds["conditional"])
+        places = np.take_along_axis(feeds["positions"], feeds["columns"], axis=1)[:active]
+        wanted = np.array(self.wanted)[np.minimum(places, len(self.wanted) - 1)]
+        logits = np.zeros((*places.shape, self.codebook), np.float32)
+        np.put_along_axis(logits, wanted[..., None], np.float32(60), axis=2)
+        return {"logits": logits}
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[TextPipeline, Script]]:
+    """Return a function from wanted tokens to a pipeline that writes them, and its denoiser."""
+
+    def build(
+        wanted: Sequence[int],
+        text: TextSpec | None = None,
+        folder: Path = Path(),
+        **changes: Any,
+    ) -> tuple[TextPipeline, Script]:
+        sizes = {"length": 24, "codebook": 256, "flexible": True, **changes}
+        length, codebook = sizes["length"], sizes["codebook"]
+        spec = DenoiserSpec(
+            canvas=length,
+            first=0,
+            grid=(length,),
+            patch=(1,),
+            mask_token=codebook,
+            classes=0,
+            layers=1,
+            context=(),
+            **sizes,
+        )
+        manifest = Manifest(
+            format=2,
+            name="script",
+            family="script",
+            task="text",
+            precision="fp32",
+            weights=WeightsSpec("random", 0, {}, 1, "none"),
+            denoiser=spec,
+            image=None,
+            text=text or TextSpec("bytes"),
+            prompt=None,
+            graphs={},
+            buckets=(),
+            presets={"default": Sampling(rounds=4, schedule="ancestral", order="vanilla")},
+            files={},
+            verification=VerificationRecord("none", {}, {}),
+            toolchain={},
+        )
+        script = Script(wanted, codebook)
+        session = FunctionSession(script)
+        monkeypatch.setattr("mdruntime.runner.open_session", lambda *_, **__: session)
+        return TextPipeline(Runner(Bundle(folder, manifest), head="numpy")), script
+
+    return build

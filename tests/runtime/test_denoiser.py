@@ -42,6 +42,17 @@ PAIRS = spec(  # two by four tokens, a row for each two side by side; the class 
 SEEING = spec(first=1, context=(ContextRow(0, -1, 17),), visible=True, refresh_context=True)
 
 
+class Recording(FunctionSession):
+    """A function's session that keeps the canvases it is told of."""
+
+    def __init__(self, graph: "Graph") -> None:
+        super().__init__(graph.answer)
+        self.graph = graph
+
+    def start(self, canvas: int) -> None:
+        self.graph.canvases.append(canvas)
+
+
 class Graph:
     """Answers with where an output stands and with what it was fed, and keeps the feeds."""
 
@@ -49,8 +60,7 @@ class Graph:
         self.slots = slots
         self.feeds: list[dict[str, Any]] = []
         self.canvases: list[int] = []
-        self.session = FunctionSession(self.answer)
-        self.session.start = self.canvases.append  # type: ignore[method-assign]
+        self.session = Recording(self)
 
     def answer(self, feeds: Feeds) -> Mapping[str, NDArray[Any]]:
         self.feeds.append(dict(feeds))
@@ -81,15 +91,16 @@ def request(
     guidance: float = 0.0,
     logits: bool = False,
 ) -> Pass:
-    active, numbers = len(tokens), np.arange(1, 1 + np.size(wanted), dtype=np.float32) / 100
-    ones = np.ones(active, np.float32)
+    active = len(tokens)
+    numbers = np.arange(1, 1 + np.size(wanted)).reshape(np.shape(wanted)) / 100
+    ones: NDArray[np.float32] = np.ones(active, np.float32)
     return Pass(
         samples=np.array(range(active) if samples is None else samples),
         positions=None if positions is None else np.array(positions),
         tokens=np.array(tokens, np.int32),
         wanted=np.array(wanted),
         controls=Controls(np.float32(guidance) * ones, 2 * ones, 3 * ones, 4 * ones),
-        uniforms=numbers.reshape(np.shape(wanted)),
+        uniforms=numbers.astype(np.float32),
         logits=logits,
     )
 

@@ -40,7 +40,7 @@ TINY = Manifest(
     denoiser=DenoiserSpec(4, 5, 0, (2, 2), (1, 1), 6, 6, 3, 1, (ContextRow(4, 7, 10),)),
     image=ImageSpec(8, 8, 2),
     text=TextSpec("text.json", 1, 2),
-    prompt=PromptSpec("prompt.json", 77, 3, 4, 5),
+    prompt=PromptSpec("prompt.json", 40, 77, 3, 4, 5),
     graphs={
         "denoiser": GraphSpec(
             file="denoiser.onnx",
@@ -63,8 +63,8 @@ TINY = Manifest(
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "manifest.json"
-GOLDEN_DIGEST = "f75d25022498ca2069e59d74a9c1460a7f2fa65d1c32031b837183775e042570"
-GOLDEN_FILE = "7896406baaf192c5740d33d9f3917865b7e380aaff55be7baa8e7cfa286f0a59"
+GOLDEN_DIGEST = "633133d513146b1a9ba656384ab354e77942faa9d0c056e31610a95ba30c1a97"
+GOLDEN_FILE = "bd7e88edbc4efa1426c841a7f491fd30cb987cff67fea9e2adbb42c79180d0eb"
 
 
 def rejection(raw: bytes) -> str:

@@ -256,39 +256,3 @@ def test_text_models_sample_ancestrally_in_the_published_number_of_rounds(
 ) -> None:
     assert (sampling.schedule, sampling.order, sampling.law) == (ANCESTRAL, "vanilla", "plain")
     assert (sampling.rounds, sampling.temperature) == (rounds, 1.0)
-
-
-ALL = {
-    "digits": presets.digits(),
-    "maskgit": presets.maskgit(8, 3.0, 4.5),
-    "jax-256": presets.maskgit_jax(256),
-    "jax-512": presets.maskgit_jax(512),
-    "mage": presets.mage(),
-    "amused": presets.amused(),
-    "mdlm": presets.mdlm(),
-    "sdtt": presets.sdtt(),
-    "smdm": presets.smdm(),
-    **{f"halton-{size}": presets.halton(f"halton-{size}-256") for size in ("tiny", "base")},
-    **{f"titok-{size}": presets.titok(f"titok-{size}") for size in ("l32", "b64", "s128")},
-    **{f"maskbit-{bits}": presets.maskbit(bits) for bits in (10, 12, 14, 16, 18)},
-}
-
-
-@pytest.mark.parametrize("name", [name for name in ALL if name != "digits"])
-def test_every_model_has_the_four_presets_and_defaults_to_the_balanced_one(name: str) -> None:
-    found = ALL[name]
-    assert {"published", "fast", "balanced", "best"} <= set(found)
-    assert found["default"] == found["balanced"]
-
-
-@pytest.mark.parametrize("name", [name for name in ALL if name != "digits"])
-def test_presets_cost_more_full_passes_the_better_they_promise_to_be(name: str) -> None:
-    found = ALL[name]
-    cost = [
-        found[preset].rounds / found[preset].refresh_interval
-        for preset in ("fast", "balanced", "best")
-    ]
-    assert cost == sorted(cost)
-    assert cost[0] < cost[1]
-    guided = {preset.guidance > 0 for preset in found.values()}
-    assert len(guided) == 1
