@@ -31,7 +31,7 @@ NAMES = (
     "amused-256",
     "smdm-170m",
 )
-HEAD = ("model", "build", "peak", "bundle", "log p within", "tokens equal", "one result")
+HEAD = ("model", "build", "memory", "bundle", "log p within", "tokens equal", "one result")
 
 
 def build(name: str, precision: str, folder: Path) -> dict[str, Any]:
@@ -87,16 +87,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=NAMES)
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--keep", type=Path, help="folder for the bundles, which go otherwise")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as place:
         for name in options.names:
-            folder = Path(place) / name
+            folder = (options.keep or Path(place)) / name
             facts = build(name, options.precision, folder)
             facts["result_s"] = one_result(facts, folder)
             rows.append(row(facts))
             print(rows[-1], flush=True)
-            shutil.rmtree(folder)
+            if options.keep is None:
+                shutil.rmtree(folder)
     print(f"\n| {' | '.join(HEAD)} |\n|{' --- |' * len(HEAD)}")
     print("\n".join(rows))
 

@@ -9,10 +9,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mdruntime.head import BLOCK
+
 __all__ = ["OUTPUTS", "draw", "guided"]
 
 OUTPUTS = ("sampled", "log_moment", "log_prob", "entropy", "top", "margin", "log_normaliser")
 
+_BELOW_ONE = 1 - 2**-23
 _LOWEST = -1e30  # times p = 0 it is 0, where minus infinity would be NaN
 
 
@@ -59,11 +62,19 @@ def draw(logits: Tensor, controls: Mapping[str, Tensor], uniforms: Tensor) -> di
 
 
 def _invert_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
-    cumulated = weights.cumsum(-1)
-    threshold = uniforms[..., None] * cumulated[..., -1:]
+    spare = -weights.shape[-1] % BLOCK
+    blocks = torch.nn.functional.pad(weights, (0, spare)).reshape(*weights.shape[:-1], -1, BLOCK)
+    sums = blocks.sum(-1).cumsum(-1)
+    total = sums[..., -1]
+    threshold = torch.minimum(uniforms * total, total * _BELOW_ONE)
     # Counted in float32 (exact up to 2**24): integer sums are where compilers differ.
-    count = (cumulated <= threshold).float().sum(-1)
-    return count.clamp(max=weights.shape[-1] - 1)
+    block = (sums <= threshold[..., None]).float().sum(-1, keepdim=True)
+    first = (block - 1).clamp(min=0).long()
+    before = torch.where(block > 0, sums.gather(-1, first), 0.0)[..., 0]
+    wanted = block.long()[..., None].expand(*block.shape, BLOCK)
+    inside = blocks.gather(-2, wanted)[..., 0, :].cumsum(-1)
+    rest = torch.minimum(threshold - before, inside[..., -1] * _BELOW_ONE)
+    return block[..., 0] * BLOCK + (inside <= rest[..., None]).float().sum(-1)
 
 
 def _powered(log_p: Tensor, beta: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ LIMITS = {
     "fp32": {
         "log_prob": 1e-4,
         "score": 1e-3,
-        "token_agreement": 0.999,
+        "token_shift": 1e-4,
         "psnr_db": 60.0,
         "encoder_agreement": 0.99,
     },
     "fp16": {
         "log_prob": 0.05,
         "score": 0.1,
-        "token_agreement": 0.95,
+        "token_shift": 0.05,
         "psnr_db": 35.0,
         "encoder_agreement": 0.9,
     },

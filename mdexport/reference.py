@@ -34,6 +34,7 @@ __all__ = ["FORWARD_TOLERANCE", "TorchSession", "conditioned", "record", "write_
 MASK_RATIOS = (1.0, 0.75, 0.5, 0.25, 0.0)
 FORWARD_TOLERANCE = 1e-4  # cached pass against the model's own forward, in logits
 _COLUMNS = 4  # of every pass whose logits are kept
+_LOGITS = 100_000  # of a sample's pass at most, for the sake of the file's size
 _SEED = 20250510
 _LONGEST = 128  # tokens of the recorded canvas where its length is free
 
@@ -79,7 +80,8 @@ class TorchSession:
         return {name: {**found, "logits": logits}[name] for name in fetch}
 
     def _record(self, feeds: dict[str, Any], found: Outputs, logits: NDArray[Any]) -> None:
-        shown = np.unique(np.linspace(0, logits.shape[1] - 1, _COLUMNS).astype(np.int64))
+        columns = max(1, min(_COLUMNS, _LOGITS // logits.shape[-1]))
+        shown = np.unique(np.linspace(0, logits.shape[1] - 1, columns).astype(np.int64))
         one = {name: array for name, array in feeds.items() if not name.startswith(CONDITION)}
         one |= {**found, "shown": shown, "logits": logits[:, shown]}
         if self._inputs is not None:

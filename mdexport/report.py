@@ -10,6 +10,7 @@ __all__ = ["summary", "write_report"]
 _MEANING = {
     "log_prob": "largest difference of a log-probability, nats",
     "score": "largest difference of a moment, entropy, probability or margin",
+    "token_shift": "largest change of a uniform under which PyTorch draws the same token",
     "token_agreement": "share of drawn tokens that are equal",
     "encoder_agreement": "share of the encoder's tokens that are equal",
     "psnr_db": "decoder's peak signal-to-noise ratio, dB (200: all pixels are equal)",
@@ -39,7 +40,7 @@ def write_report(folder: Path, manifest: Manifest) -> None:
 def _text(manifest: Manifest) -> str:
     verification = manifest.verification
     checks = [
-        (f"`{name}`", _MEANING[name], f"{value:.6g}", f"{verification.limits[name]:g}")
+        (f"`{name}`", _MEANING[name], f"{value:.6g}", _limit(verification.limits, name))
         for name, value in verification.measured.items()
     ]
     files = [
@@ -71,6 +72,10 @@ def _text(manifest: Manifest) -> str:
             _table(("file", "MB", "SHA-256"), files),
         ]
     )
+
+
+def _limit(limits: Mapping[str, float], name: str) -> str:
+    return f"{limits[name]:g}" if name in limits else "none"
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -76,8 +76,8 @@ def _two_steps(published: Sampling, fast: int, balanced: int, best: int) -> Pres
 
 def digits() -> Presets:
     """Return the presets of the digits, which were trained for this project."""
-    ours = Sampling(rounds=8, order="hybrid", exploration=(1.0, 0.0), substeps=2, guidance=1.0)
-    return {"default": ours, "maskgit": Sampling(rounds=8, order="maskgit", guidance=1.0)}
+    published = Sampling(rounds=8, order="maskgit", guidance=1.0)
+    return _two_steps(published, 4, 8, 16)
 
 
 def maskgit(rounds: int, guidance: float, alpha: float) -> Presets:

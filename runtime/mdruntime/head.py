@@ -9,7 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Controls", "Draws", "Logits", "draw", "draw_thinned", "guided", "invert_cdf"]
+__all__ = ["BLOCK", "Controls", "Draws", "Logits", "draw", "draw_thinned", "guided", "invert_cdf"]
+
+BLOCK = 128
+"""Weights that are summed at a time where tokens are drawn."""
+
+_BELOW_ONE = np.float32(1 - 2**-23)
 
 Logits = NDArray[np.float32]  # (batch, m, codebook)
 Array = NDArray[np.float32]
@@ -61,16 +66,33 @@ def invert_cdf(weights: Logits, uniforms: Array) -> NDArray[np.int32]:
     """Draw one index per position with probability proportional to ``weights``.
 
     The index is the first whose cumulated weight exceeds ``uniform * total``; an index of
-    weight zero is therefore never drawn.
+    weight zero is therefore never drawn. Sums run over blocks of ``BLOCK`` weights, then within one
+    block: a running sum over a whole vocabulary would lose digits that decide between tokens.
 
     Args:
         weights: float32 (batch, m, codebook), not negative, not all zero.
         uniforms: float32 (batch, m) in [0, 1).
     """
-    cumulated = np.cumsum(weights, axis=-1, dtype=np.float32)
-    threshold = uniforms[..., None] * cumulated[..., -1:]
-    index = (cumulated <= threshold).sum(axis=-1, dtype=np.int32)
-    return np.minimum(index, np.int32(weights.shape[-1] - 1))
+    spare = -weights.shape[-1] % BLOCK
+    padded = np.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, spare)])
+    blocks = padded.reshape(*weights.shape[:-1], -1, BLOCK)
+    sums = np.cumsum(blocks.sum(axis=-1, dtype=np.float32), axis=-1, dtype=np.float32)
+    threshold = np.minimum(uniforms * sums[..., -1], sums[..., -1] * _BELOW_ONE)
+    block = (sums <= threshold[..., None]).sum(axis=-1)
+    before = np.where(block > 0, _at(sums, np.maximum(block - 1, 0)), np.float32(0))
+    inside = np.cumsum(
+        np.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :],
+        axis=-1,
+        dtype=np.float32,
+    )
+    rest = np.minimum(threshold - before, inside[..., -1] * _BELOW_ONE)
+    index = block * BLOCK + (inside <= rest[..., None]).sum(axis=-1)
+    return index.astype(np.int32)
+
+
+def _at(values: Array, index: NDArray[np.int64]) -> Array:
+    """Return one of the last axis' values at each position."""
+    return np.take_along_axis(values, index[..., None], axis=-1)[..., 0]
 
 
 def draw(logits: Logits, controls: Controls, uniforms: Array) -> Draws:

@@ -126,7 +126,7 @@ def test_the_bundle_says_what_it_is(digits_bundle: Path) -> None:
     assert manifest.buckets == (8, 16, 32, 64, 65)
     limits, measured = manifest.verification.limits, manifest.verification.measured
     assert limits == LIMITS["fp32"]
-    assert measured.keys() == limits.keys()
+    assert measured.keys() == {*limits, "token_agreement"}
     assert measured["log_prob"] < 5e-5
     report = (digits_bundle / "report.md").read_text()
     assert f"{measured['log_prob']:.6g}" in report

@@ -143,6 +143,10 @@ def test_a_word_behind_hidden_tokens_keeps_its_blank(file: Path, scripted: Scrip
     tokenizer = FileTokenizer(file)
     text = TextSpec(file.name)
     pipeline, _ = scripted([3], text, file.parent, codebook=tokenizer.size, length=99)
+    assert pipeline.decode(pipeline.gaps("the cat___ on", 1)[0]) == f"the cat{HIDDEN} on"
+    on = tokenizer.encode(" on", inside=True)
+    assert pipeline.gaps("the cat___ on", 1)[0, -len(on) :].tolist() == on
+    assert pipeline.gaps("the cat___ on", 1)[0, -len(on) - 1] == tokenizer.size
     ids = [*tokenizer.encode("the cat"), tokenizer.size, *tokenizer.encode(" on", inside=True)]
     assert pipeline.decode(ids) == f"the cat{HIDDEN} on"
 
@@ -179,7 +183,7 @@ def test_a_tokenizer_of_another_model_is_refused(file: Path, scripted: Scripted)
         with pytest.raises(BundleError, match=message):
             scripted([0], text, file.parent, codebook=codebook)
     pipeline, _ = scripted([0], text, file.parent, codebook=size - 1)  # it may know the mask token
-    word = Reader.from_file(str(file)).decode([size - 1])
+    word = FileTokenizer(file).decode([size - 1], inside=True)
     assert FileTokenizer(file).encode(word, inside=True)[0] == size - 1
     with pytest.raises(SamplingError, match=f"gave the id {size - 1}, the model knows 0 to"):
         pipeline.infill(f"___{word}", gap=1)
