@@ -79,8 +79,9 @@ def main() -> None:
     """Measure the bundles and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundles", nargs="+", type=Path)
+    folders = parser.parse_args().bundles
     print(f"| {' | '.join(HEAD)} |\n|{' --- |' * len(HEAD)}")
-    for folder in parser.parse_args().bundles:
+    for folder in folders:
         print(measure(open_bundle(folder)), flush=True)
 
 

@@ -18,7 +18,16 @@ import mdruntime
 import mdzoo
 from mdexport.against import compare, read_recording
 from mdexport.build import Options, Progress, build
-from mdexport.cli_models import codebook, find, list_command, resolved, sources, wish
+from mdexport.cli_models import (
+    find,
+    list_command,
+    prompts_of,
+    recorded,
+    resolved,
+    sources,
+    told,
+    wish,
+)
 from mdexport.precision import PRECISIONS
 from mdruntime import cli as device
 from mdruntime.doctor import examine
@@ -146,8 +155,9 @@ def verify_command(bundle: Path | None, **options: Any) -> int:
     """Check a BUNDLE on this machine, or our port of a model against the original's logits.
 
     The npz file holds tokens [batch, length], logits [batch, length, codebook], labels [batch]
-    (-1: none; left out where a model has none) and optionally tolerance, a largest absolute
-    difference. For aMUSEd: encoder_hidden_states, pooled_text_emb and micro_conds, or prompts'
+    (-1: dropped; left out where a model has none) and optionally tolerance, a largest absolute
+    difference, and numbers that shapes cannot tell, such as heads. Tokens may form a grid and be -1
+    where hidden. For aMUSEd: encoder_hidden_states, pooled_text_emb and micro_conds, or prompts'
     token ids as labels [batch, 77].
     """
     if bundle is not None:
@@ -160,11 +170,19 @@ def verify_command(bundle: Path | None, **options: Any) -> int:
     entry = find(options["model"])
     if entry.files and options["checkpoint"] is None:
         raise click.UsageError(f"{entry.name} needs --checkpoint FILE ('mdexport list' says where)")
+    return _against(entry, options)
+
+
+def _against(entry: mdzoo.Entry, options: dict[str, Any]) -> int:
+    """Compare our port of a model with a recording."""
     recording = read_recording(options["against"])
-    settings = {**codebook(entry, recording), **dict(options["settings"])}
-    given = mdzoo.Sources(checkpoint=resolved(options["checkpoint"]), settings=settings)
+    checkpoint = resolved(options["checkpoint"])
+    settings = recorded(entry, recording) | told(entry, checkpoint, dict(options["settings"]))
     read = mdzoo.load_direct if recording.direct else mdzoo.load_denoiser
-    result = compare(read(entry, given), recording)
+    if entry.family.folder is not None and not recording.direct:
+        settings = dict(options["settings"])  # its folder states all sizes
+    model = read(entry, mdzoo.Sources(checkpoint=checkpoint, settings=settings))
+    result = compare(model, recording, prompts_of(model))
     if options["as_json"]:
         click.echo(json.dumps({**to_json(result), "ok": bool(result)}))
     else:
@@ -173,7 +191,13 @@ def verify_command(bundle: Path | None, **options: Any) -> int:
             f"at sample, position, token {result.where}; tolerance {result.tolerance:g}"
         )
     if not result:
-        raise VerificationError("the port does not compute what the original computes")
+        sizes = ", ".join(f"{name}={number}" for name, number in settings.items())
+        others = ", ".join(recording.unread)
+        raise VerificationError(
+            "the port does not compute what the original computes"
+            + (f"; not told by shapes: {sizes}" if sizes else "")
+            + (f"; not read: {others}" if others else "")
+        )
     return 0
 
 

@@ -2,17 +2,39 @@
 
 import difflib
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 import mdzoo
-from mdexport.against import Recording
+from mdexport.recording import Recording
+from mdruntime.manifest import DenoiserSpec
+from mdzoo import folder
 
-__all__ = ["codebook", "find", "list_command", "model_table", "resolved", "sources", "wish"]
+__all__ = [
+    "find",
+    "list_command",
+    "model_table",
+    "prompts_of",
+    "recorded",
+    "resolved",
+    "sources",
+    "told",
+    "wish",
+]
 
 _BYTES = {"fp32": 4, "fp16": 2}
+
+_STATED = (
+    ("heads", ("n_heads", "num_attention_heads")),
+    ("length", ("model_length", "max_sequence_length")),
+    ("mask", ("mask_token_id",)),
+)
+"""Sizes that no tensor tells, and how the config.json of MDLM, LLaDA and TiTok calls them."""
+_GENERATOR = ("model", "generator")  # TiTok's is in two others
 
 
 def find(name: str) -> mdzoo.Entry:
@@ -39,11 +61,12 @@ def sources(entry: mdzoo.Entry, options: dict[str, Any]) -> mdzoo.Sources:
         raise click.UsageError(
             "--random-weights takes no weights; leave --checkpoint and --tokenizer out"
         )
+    checkpoint = resolved(options["checkpoint"])
     return mdzoo.Sources(
-        checkpoint=resolved(options["checkpoint"]),
+        checkpoint=checkpoint,
         tokenizer=resolved(options["tokenizer"]),
         random_seed=options["random_weights"],
-        settings=dict(options["settings"]),
+        settings=told(entry, checkpoint, dict(options["settings"])),
     )
 
 
@@ -63,17 +86,71 @@ def wish(entry: mdzoo.Entry) -> str:
     return f"--labels {min(207, classes - 1)} {image}" if classes else image
 
 
-def codebook(entry: mdzoo.Entry, recording: Recording) -> dict[str, int]:
-    """Return a setting that shapes cannot tell, but recorded logits can: codes, not classes."""
-    if "codebook" not in entry.family.settings:
+def told(entry: mdzoo.Entry, checkpoint: Path | None, given: Mapping[str, int]) -> dict[str, int]:
+    """Return the sizes that shapes cannot tell: a user's, or of a config.json beside the weights.
+
+    Raises:
+        CheckpointError: a user names a size that the model does not have.
+    """
+    known = entry.family.settings
+    for name in given:
+        if name not in known:
+            names = f"one of {', '.join(known)}" if known else "nothing for this model"
+            raise mdzoo.CheckpointError(f"--set must name {names}, got {name!r}")
+    beside = {} if checkpoint is None or entry.family.folder else _stated(checkpoint)
+    return {name: beside[name] for name in known if name in beside} | dict(given)
+
+
+def _stated(checkpoint: Path) -> dict[str, int]:
+    """Return the sizes in a config.json beside the weights, where there is one."""
+    place = folder.weight_file(checkpoint).parent
+    if not (place / "config.json").is_file():
         return {}
-    spec = entry.spec
-    columns, largest = recording.logits.shape[-1], int(recording.tokens.max(initial=0))
-    if largest < columns in (spec.codebook, spec.codebook + 1):
-        return {}
+    found: Any = folder.read_json(place, "config.json")
+    for part in _GENERATOR:
+        found = found.get(part, found) if isinstance(found, dict) else {}
+    names = {size: next((name for name in theirs if name in found), "") for size, theirs in _STATED}
+    return {size: found[name] for size, name in names.items() if type(found.get(name)) is int}
+
+
+def recorded(entry: mdzoo.Entry, recording: Recording) -> dict[str, int]:
+    """Return the sizes that shapes cannot tell, but a recording can.
+
+    It may hold them as single numbers. Its logits tell codes from classes, and what the ids of a
+    text are; its tokens the size of an image whose model has no table of positions, and what was
+    read off a text how wide that is.
+    """
+    family, spec = entry.family, entry.spec
+    largest, columns = int(recording.tokens.max()), recording.columns
+    found: dict[str, int] = {}
+    if "codebook" in family.settings:
+        found = _codebook(spec, columns, largest)
+    if "mask" in family.settings and recording.tokens.min() >= 0:  # of no consequence for logits
+        found = {"mask": max(min(largest, columns), columns - 1)}
+    if recording.direct:
+        *_, side = recording.tokens.shape
+        found = {"size": side if recording.tokens.ndim > 2 else math.isqrt(side)}
+        found["pooled"] = recording.direct["pooled_text_emb"].shape[-1]
+    if "length" in family.settings and recording.tokens.shape[-1] > spec.length:
+        found["length"] = recording.tokens.shape[-1]
+    return found | {name: n for name, n in recording.numbers.items() if name in family.settings}
+
+
+def prompts_of(model: Any) -> tuple[int, int] | None:
+    """Return how many ids prompts have, and how many a prompt holds; nothing without prompts."""
+    text = getattr(getattr(model, "config", None), "text", None)
+    return None if text is None else (text.vocabulary, text.positions)
+
+
+def _codebook(spec: DenoiserSpec, columns: int, largest: int) -> dict[str, int]:
+    rows = max(spec.mask_token, *(row.dropped for row in spec.context)) + 1
     if columns <= largest:
         return {"codebook": columns}
-    return {"codebook": columns - 1} if spec.mask_token == spec.codebook else {}
+    if columns in (spec.codebook, spec.codebook + 1):
+        return {"codebook": spec.codebook}
+    if columns == rows or not spec.classes:
+        return {}
+    return {"codebook": columns - 1 if spec.mask_token == spec.codebook else columns}
 
 
 def _sizes(entry: mdzoo.Entry) -> str:

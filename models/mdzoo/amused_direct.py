@@ -1,6 +1,7 @@
 """aMUSEd's transformer on its own, to be compared with recordings of the original's."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -9,9 +10,11 @@ from mdruntime.manifest import DenoiserSpec
 from mdzoo import checkpoint, folder
 from mdzoo.amused import AmusedConfig, spec_of
 from mdzoo.uvit2d import UVit2D
-from mdzoo.uvit2d_config import UVitConfig, from_published
+from mdzoo.uvit2d_config import MICRO, UVitConfig, from_published
 
 __all__ = ["DirectAmused", "load_direct"]
+
+_TOLD = ("size", "heads", "block_heads")
 
 
 class DirectAmused(nn.Module):
@@ -25,6 +28,16 @@ class DirectAmused(nn.Module):
     def spec(self) -> DenoiserSpec:
         """Its canvas."""
         return spec_of(self.transformer.config)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Numbers on the last axis of each input of ``direct``."""
+        config = self.transformer.config
+        return {
+            "encoder_hidden_states": config.text,
+            "pooled_text_emb": config.pooled,
+            "micro_conds": MICRO,
+        }
 
     def direct(self, tokens: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return logits float32 (batch, length, codebook).
@@ -45,7 +58,7 @@ def load_direct(path: Path, published: AmusedConfig, settings: Mapping[str, int]
     Args:
         path: what was given.
         published: sizes that no shape tells, where there is no config beside the weights.
-        settings: the same, as a user says them.
+        settings: the same, as a user says them; they win over the config.
 
     Raises:
         CheckpointError: the weights are missing, damaged or of another architecture.
@@ -54,8 +67,9 @@ def load_direct(path: Path, published: AmusedConfig, settings: Mapping[str, int]
     path = path / "transformer" if (path / "transformer").is_dir() else path
     state = checkpoint.read(path, strip=("transformer.",))
     place = path if path.is_dir() else path.parent
-    if (place / "config.json").is_file() and not settings:
-        config = UVitConfig.from_json(folder.read_json(place, "config.json"))
+    if (place / "config.json").is_file():
+        told = {name: settings[name] for name in _TOLD if name in settings}
+        config = replace(UVitConfig.from_json(folder.read_json(place, "config.json")), **told)
     else:
         config = UVitConfig.from_state(state, published.transformer, settings)
     model = UVit2D(config)

@@ -19,7 +19,7 @@ from mdzoo.checkpoint import CheckpointError, shape_of
 from mdzoo.family import Family
 from mdzoo.layers import GatedFeedForward, RMSNorm, modulate
 from mdzoo.names import Names
-from mdzoo.transformer import Attention, Block, Stack
+from mdzoo.transformer import Attention, Block, Stack, StackDenoiser
 
 EPSILON = 1e-5  # of all norms, and of queries and keys
 
@@ -66,7 +66,7 @@ def _block(config: HaltonConfig) -> Block:
     return Block(attention, GatedFeedForward(width, config.hidden), norm1, norm2)
 
 
-class Halton(nn.Module):
+class Halton(StackDenoiser):
     """The denoiser: token ids in, logits over the codebook out.
 
     Satisfies ``mdexport.Denoiser``. The register is the row behind the image; it has no position,
@@ -130,10 +130,6 @@ class Halton(nn.Module):
             "last": self.last_modulation(y).reshape(-1, 2, width),
         }
 
-    def empty_caches(self, rows: int, canvas: int) -> dict[str, Tensor]:
-        """Return zeros for keys and values of every layer."""
-        return self.blocks.empty_caches(rows, canvas)
-
     def step(
         self,
         tokens: Tensor,
@@ -175,10 +171,12 @@ def infer(
     """
     state = _untied(state)
     rows, width = shape_of(state, "tok_emb.weight", 2)
-    if width != published.width and "heads" not in settings:
+    known = {config.width: config.heads for config in (*PUBLISHED.values(), published)}
+    if width not in known and "heads" not in settings:
         raise CheckpointError(
-            f"the checkpoint has width {width} where the published model has {published.width}, "
-            "so its number of attention heads is unknown: pass --set heads=N"
+            f"the checkpoint has width {width} where the published models have "
+            f"{', '.join(map(str, sorted(known)))}, so its number of attention heads is unknown: "
+            "pass --set heads=N"
         )
     numbers = {key.split(".")[2] for key in state if key.startswith("transformer.layers.")}
     config = HaltonConfig(
@@ -187,7 +185,7 @@ def infer(
         classes=shape_of(state, "cls_emb.weight", 2)[0] - 1,
         width=width,
         depth=len(numbers),
-        heads=settings.get("heads", published.heads),
+        heads=settings.get("heads", known.get(width, 0)),
         hidden=shape_of(state, "transformer.layers.0.ff.w1.weight", 2)[0],
     )
     inner = shape_of(state, "transformer.layers.0.attn.wq.weight", 2)[0]

@@ -19,7 +19,7 @@ from mdzoo.checkpoint import CheckpointError, shape_of
 from mdzoo.family import Family
 from mdzoo.layers import GatedFeedForward, RMSNorm, rotary
 from mdzoo.llama_names import SMDM, Layout, bare, from_published, layout_of, to_published
-from mdzoo.transformer import Attention, Block, Stack
+from mdzoo.transformer import Attention, Block, Stack, StackDenoiser
 
 __all__ = [
     "FAMILY",
@@ -106,7 +106,7 @@ HEADS = {
 """Heads by width and width of the MLP."""
 
 
-class Llama(nn.Module):
+class Llama(StackDenoiser):
     """The denoiser: token ids in, logits over the codebook out; satisfies ``mdexport.Denoiser``."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -148,14 +148,6 @@ class Llama(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         rotation = rotary(positions, self.config.head_size, self.config.layout.base)
         return self._logits(self.blocks(self.tokens(tokens), rotation), self.config.scored)
-
-    def condition(self, labels: Tensor) -> dict[str, Tensor]:
-        """Return nothing: there are no classes."""
-        return {}
-
-    def empty_caches(self, rows: int, canvas: int) -> dict[str, Tensor]:
-        """Return zeros for keys and values of every layer."""
-        return self.blocks.empty_caches(rows, canvas)
 
     def step(
         self,

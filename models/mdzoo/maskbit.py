@@ -20,7 +20,7 @@ from mdzoo.checkpoint import CheckpointError, shape_of
 from mdzoo.family import Family
 from mdzoo.layers import FeedForward, LayerNorm
 from mdzoo.names import Names
-from mdzoo.transformer import Attention, Block, Stack
+from mdzoo.transformer import Attention, Block, Stack, StackDenoiser
 
 __all__ = [
     "FAMILY",
@@ -83,7 +83,7 @@ def _block(config: MaskBitConfig) -> Block:
     )
 
 
-class MaskBit(nn.Module):
+class MaskBit(StackDenoiser):
     """The denoiser: tokens of either group in, logits over their codebook out.
 
     Satisfies ``mdexport.Denoiser``.
@@ -132,14 +132,6 @@ class MaskBit(nn.Module):
         context = torch.where(labels < 0, torch.full_like(labels, self.config.classes), labels)
         x = torch.cat([self._bits(tokens), self.classes(context)[:, None]], dim=1)
         return self._logits(self.blocks(self.norm_in(x + self.positions))[:, :-1])
-
-    def condition(self, labels: Tensor) -> dict[str, Tensor]:
-        """Return nothing: the class enters as a row of the canvas."""
-        return {}
-
-    def empty_caches(self, rows: int, canvas: int) -> dict[str, Tensor]:
-        """Return zeros for keys and values of every layer."""
-        return self.blocks.empty_caches(rows, canvas)
 
     def step(
         self,

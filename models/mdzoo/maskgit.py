@@ -19,7 +19,8 @@ from mdruntime.manifest import ContextRow, DenoiserSpec
 from mdzoo.checkpoint import CheckpointError, shape_of
 from mdzoo.family import Family
 from mdzoo.layers import FeedForward, LayerNorm
-from mdzoo.transformer import Attention, Block, Stack
+from mdzoo.names import Names
+from mdzoo.transformer import Attention, Block, Stack, StackDenoiser
 
 STEM_EPSILON = 1e-12  # the blocks use PyTorch's default of 1e-5
 
@@ -46,6 +47,11 @@ class MaskGITConfig:
             raise CheckpointError(
                 f"heads must divide the width {self.width}, got {self.heads}; "
                 "the checkpoint cannot tell it: pass --set heads=N"
+            )
+        if self.codebook < 1 or self.classes < 1:
+            raise CheckpointError(
+                f"the vocabulary must hold codes and classes, got {self.codebook} and "
+                f"{self.classes}: pass another --set classes=N"
             )
 
     @property
@@ -100,7 +106,7 @@ def _block(config: MaskGITConfig, dropout: float) -> Block:
     )
 
 
-class MaskGIT(nn.Module):
+class MaskGIT(StackDenoiser):
     """The denoiser: token ids in, logits over the codebook out.
 
     Satisfies ``mdexport.Denoiser``.
@@ -159,14 +165,6 @@ class MaskGIT(nn.Module):
         ids = torch.cat([tokens, context[:, None]], dim=1)
         x = self.stem(self.dropout(self.tokens(ids) + self.positions))
         return self._logits(self.blocks(x), self.bias, config.codebook + 1)[:, :-1]
-
-    def condition(self, labels: Tensor) -> dict[str, Tensor]:
-        """Return nothing: the class enters as a row of the canvas."""
-        return {}
-
-    def empty_caches(self, rows: int, canvas: int) -> dict[str, Tensor]:
-        """Return zeros for keys and values of every layer."""
-        return self.blocks.empty_caches(rows, canvas)
 
     def step(
         self,
@@ -230,37 +228,29 @@ def infer(
     )
 
 
-# Published name, our name; {i} stands for the number of a block.
-_NAMES = (
-    ("tok_emb.", "tokens."),
-    ("first_layer.0.", "stem.0."),
-    ("first_layer.2.", "stem.1."),
-    ("first_layer.4.", "stem.3."),
-    ("first_layer.6.", "stem.4."),
-    ("transformer.layers.{i}.0.norm.", "blocks.{i}.norm1."),
-    ("transformer.layers.{i}.0.fn.mha.in_proj_", "blocks.{i}.attention.qkv."),
-    ("transformer.layers.{i}.0.fn.mha.out_proj.", "blocks.{i}.attention.out."),
-    ("transformer.layers.{i}.1.norm.", "blocks.{i}.norm2."),
-    ("transformer.layers.{i}.1.fn.net.0.", "blocks.{i}.mlp.up."),
-    ("transformer.layers.{i}.1.fn.net.3.", "blocks.{i}.mlp.down."),
-    ("last_layer.0.", "last.0."),
-    ("last_layer.2.", "last.1."),
-    ("last_layer.4.", "last.3."),
+_NAMES = Names(
+    (
+        ("tok_emb.", "tokens."),
+        ("first_layer.0.", "stem.0."),
+        ("first_layer.2.", "stem.1."),
+        ("first_layer.4.", "stem.3."),
+        ("first_layer.6.", "stem.4."),
+        ("transformer.layers.{i}.0.norm.", "blocks.{i}.norm1."),
+        ("transformer.layers.{i}.0.fn.mha.in_proj_", "blocks.{i}.attention.qkv."),
+        ("transformer.layers.{i}.0.fn.mha.out_proj.", "blocks.{i}.attention.out."),
+        ("transformer.layers.{i}.1.norm.", "blocks.{i}.norm2."),
+        ("transformer.layers.{i}.1.fn.net.0.", "blocks.{i}.mlp.up."),
+        ("transformer.layers.{i}.1.fn.net.3.", "blocks.{i}.mlp.down."),
+        ("last_layer.0.", "last.0."),
+        ("last_layer.2.", "last.1."),
+        ("last_layer.4.", "last.3."),
+    )
 )
-
-
-def _rename(key: str, names: Sequence[tuple[str, str]]) -> str:
-    number = re.search(r"\.(\d+)\.", key)
-    for before, after in names:
-        prefix = before.replace("{i}", number[1] if number else "")
-        if key.startswith(prefix):
-            return after.replace("{i}", number[1] if number else "") + key[len(prefix) :]
-    return key
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a published state dict under the names of ``MaskGIT``."""
-    renamed = {_rename(key, _NAMES): tensor for key, tensor in state.items()}
+    renamed = _NAMES.read(state)
     if "pos_emb" in renamed:
         renamed["positions"] = renamed.pop("pos_emb")[0]
     return renamed
@@ -268,8 +258,7 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state dict of a ``MaskGIT`` under its published names."""
-    names = [(ours, theirs) for theirs, ours in _NAMES]
-    renamed = {_rename(key, names): tensor for key, tensor in state.items()}
+    renamed = _NAMES.write(state)
     renamed["pos_emb"] = renamed.pop("positions")[None]
     return renamed
 

@@ -20,7 +20,7 @@ from mdzoo.checkpoint import CheckpointError, shape_of
 from mdzoo.family import Family
 from mdzoo.layers import FeedForward, LayerNorm
 from mdzoo.names import Names
-from mdzoo.transformer import Attention, Block, Stack
+from mdzoo.transformer import Attention, Block, Stack, StackDenoiser
 
 EPSILON = 1e-12  # of all norms
 
@@ -78,7 +78,7 @@ def _block(config: MaskGITJaxConfig) -> Block:
     )
 
 
-class MaskGITJax(nn.Module):
+class MaskGITJax(StackDenoiser):
     """The denoiser: token ids in, logits over the codebook out.
 
     Satisfies ``mdexport.Denoiser``.
@@ -128,14 +128,6 @@ class MaskGITJax(nn.Module):
         ids = torch.cat([context[:, None], tokens], dim=1)
         x = self.blocks(self.norm(self.tokens(ids) + self.positions))
         return self._logits(x[:, 1:], self.config.vocabulary)
-
-    def condition(self, labels: Tensor) -> dict[str, Tensor]:
-        """Return nothing: the class enters as a row of the canvas."""
-        return {}
-
-    def empty_caches(self, rows: int, canvas: int) -> dict[str, Tensor]:
-        """Return zeros for keys and values of every layer."""
-        return self.blocks.empty_caches(rows, canvas)
 
     def step(
         self,

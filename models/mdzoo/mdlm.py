@@ -20,7 +20,7 @@ from mdzoo.checkpoint import CheckpointError, shape_of
 from mdzoo.dit import CONDITIONING, DIT, FREQUENCIES, MDLMConfig, positions_of
 from mdzoo.family import Family
 from mdzoo.layers import FeedForward, LayerNorm, rotary
-from mdzoo.transformer import Attention, Block, Stack
+from mdzoo.transformer import Attention, Block, Stack, StackDenoiser
 
 __all__ = [
     "FAMILY",
@@ -52,7 +52,7 @@ def _block(config: MDLMConfig) -> Block:
     )
 
 
-class MDLM(nn.Module):
+class MDLM(StackDenoiser):
     """The denoiser: token ids in, logits over the codebook out; satisfies ``mdexport.Denoiser``.
 
     The published model at noise level zero, with nothing left that depends on it.
@@ -97,14 +97,6 @@ class MDLM(nn.Module):
         rotation = rotary(positions_of(tokens), self.config.head_size)
         x = self.blocks(self.tokens(tokens), rotation)
         return self._logits(x, self.config.codebook + 1)
-
-    def condition(self, labels: Tensor) -> dict[str, Tensor]:
-        """Return nothing: there are no classes."""
-        return {}
-
-    def empty_caches(self, rows: int, canvas: int) -> dict[str, Tensor]:
-        """Return zeros for keys and values of every layer."""
-        return self.blocks.empty_caches(rows, canvas)
 
     def step(
         self,

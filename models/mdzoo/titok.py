@@ -18,7 +18,7 @@ from mdzoo.checkpoint import CheckpointError, shape_of
 from mdzoo.family import Family
 from mdzoo.layers import FeedForward, LayerNorm, take_rows
 from mdzoo.titok_checkpoint import POSITIONS, bare, blocks_of, from_published
-from mdzoo.transformer import Attention, Block, Stack
+from mdzoo.transformer import Attention, Block, Stack, StackDenoiser
 
 __all__ = ["FAMILY", "PUBLISHED", "TiTok", "TiTokConfig"]
 
@@ -72,7 +72,7 @@ def _block(config: TiTokConfig) -> Block:
     )
 
 
-class TiTok(nn.Module):
+class TiTok(StackDenoiser):
     """The denoiser: token ids in, logits over the codebook out.
 
     Satisfies ``mdexport.Denoiser``.
@@ -127,14 +127,6 @@ class TiTok(nn.Module):
         x = self.norm_in(self.tokens(ids) + self.positions)
         x = self._through(x, lambda index, y: blocks[index](y))
         return self._logits(x[:, 1:])
-
-    def condition(self, labels: Tensor) -> dict[str, Tensor]:
-        """Return nothing: the class enters as a row of the canvas."""
-        return {}
-
-    def empty_caches(self, rows: int, canvas: int) -> dict[str, Tensor]:
-        """Return zeros for keys and values of every layer."""
-        return self.blocks.empty_caches(rows, canvas)
 
     def step(
         self,

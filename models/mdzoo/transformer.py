@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mdzoo.layers import Rotary, modulate, refresh, rms, rotate, take_rows
 
-__all__ = ["Attention", "Block", "Stack"]
+__all__ = ["Attention", "Block", "Stack", "StackDenoiser"]
 
 
 class Attention(nn.Module):
@@ -239,3 +239,17 @@ class Stack(nn.ModuleList):
                     shape, dtype=weight.dtype, device=weight.device
                 )
         return found
+
+
+class StackDenoiser(nn.Module):
+    """What denoisers have in common whose passes remember no more than one stack's caches."""
+
+    blocks: Stack
+
+    def condition(self, labels: Tensor) -> dict[str, Tensor]:
+        """Return nothing: no class or prompt enters but through rows of the canvas."""
+        return {}
+
+    def empty_caches(self, rows: int, canvas: int) -> dict[str, Tensor]:
+        """Return zeros for keys and values of every layer."""
+        return self.blocks.empty_caches(rows, canvas)

@@ -169,6 +169,8 @@ def _info(options: argparse.Namespace) -> int:
         "canvas": f"{' x '.join(map(str, spec.grid))} tokens, codebook {spec.codebook}",
         "classes": f"0 to {spec.classes - 1}" if spec.classes else "none",
         "size": f"{size:.1f} MB in {len(manifest.files)} files, all hashes correct",
+        "graphs": ", ".join(manifest.graphs),
+        **_tokenizer(manifest),
         "presets": ", ".join(manifest.presets),
         "verified": ", ".join(f"{k} {v:.4g}" for k, v in manifest.verification.measured.items()),
         "made with": ", ".join(f"{k} {v}" for k, v in manifest.toolchain.items()),
@@ -176,6 +178,12 @@ def _info(options: argparse.Namespace) -> int:
     for name, text in rows.items():
         print(f"  {name:10} {text}")
     return 0
+
+
+def _tokenizer(manifest: Manifest) -> dict[str, str]:
+    """Return what reads the texts of a bundle, if it takes any."""
+    spec = manifest.text or manifest.prompt
+    return {} if spec is None else {"tokenizer": spec.tokenizer}
 
 
 def _task(manifest: Manifest) -> str:

@@ -80,5 +80,10 @@ def _tokens(bundle: Bundle, texts: Sequence[str]) -> NDArray[np.int32]:
                 f"a prompt must have at most {spec.length - 2} tokens, got {len(ids) - 2}: "
                 f"{text[:40]!r}...; shorten it"
             )
+        if max(ids) >= spec.vocabulary:
+            raise SamplingError(
+                f"the tokenizer gave the id {max(ids)}, the text encoder knows 0 to "
+                f"{spec.vocabulary - 1}: they do not belong together"
+            )
         row[: len(ids)] = ids
     return table

@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -119,12 +120,13 @@ DAMAGE = [
 ]
 
 
+@pytest.mark.parametrize("tokenizer", ["--tokenizer", "--vqgan"])
 @pytest.mark.parametrize(("kind", "text"), DAMAGE)
 def test_a_bad_checkpoint_is_refused_by_name(
-    fails: Check, tmp_path: Path, kind: str, text: str
+    fails: Check, tmp_path: Path, kind: str, text: str, tokenizer: str
 ) -> None:
     damaged(tmp_path / "weights.pth", kind)
-    files = ["--checkpoint", "weights.pth", "--vqgan", "weights.pth"]
+    files = ["--checkpoint", "weights.pth", tokenizer, "weights.pth"]
     sizes = ["--set", "heads=4", "--set", "classes=10"]
     err = fails(1, "build", "--model", "maskgit256", *files, *sizes)
     assert text in err
@@ -205,7 +207,8 @@ def test_a_wrong_port_fails_unless_the_tolerance_allows_it(
 MISFITS: list[tuple[dict[str, Any], str]] = [
     ({"labels": np.array([3, 10, 0])}, "labels must be -1 to 9"),
     ({"labels": None}, "lacks labels"),
-    ({"tokens": np.zeros((3, 4, 4), np.int64)}, "must hold tokens"),
+    ({"tokens": np.zeros((3, 4, 5), np.int64)}, "must hold tokens"),
+    ({"tokens": np.zeros((3, 15), np.int64)}, "must hold tokens"),
 ]
 
 
@@ -221,6 +224,11 @@ def test_a_recording_that_does_not_fit_is_refused(
 
 def test_list_and_doctor_answer(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(["list"]) == 0
-    assert "174.2 M parameters" in capsys.readouterr().out
+    short = capsys.readouterr().out
+    assert re.search(r"^maskgit256 +174\.2 M  MaskGIT of valeoai", short, re.MULTILINE)
+    assert _run(["list", "maskgit256"]) == 0
+    assert "174.2 M parameters: fp32 697 MB" in capsys.readouterr().out
+    assert _run(["list", "--long"]) == 0
+    assert capsys.readouterr().out.count(" M parameters: fp32 ") == len(short.splitlines()) - 1
     assert _run(["doctor"]) == 0
     assert "onnxruntime" in capsys.readouterr().out
