@@ -52,7 +52,7 @@ def test_the_text_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
         source.replace("import mdruntime", "").replace('"mdlm"', repr(str(tmp_path / "mdlm"))),
         {"mdruntime": mdruntime},
         names,
-    )  # type: ignore[arg-type]
+    )
     assert names["stories"][0].startswith("Once upon a time")
     assert len(names["free"]) == 4
     assert names["code"][0].startswith("def add(a, b):\n    return ")

@@ -15,7 +15,7 @@ from mdzoo.uvit2d_config import UVitConfig
 
 __all__ = ["SMALL", "small_model"]
 
-TWO_LEVELS = {"widths": (32, 64), "stem": 32, "blocks": 1}
+TWO_LEVELS: dict[str, Any] = {"widths": (32, 64), "stem": 32, "blocks": 1}
 
 # Of every family: a name of the catalogue, and the sizes that make it small.
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {

@@ -91,7 +91,7 @@ def test_every_preset_makes_something(
 ) -> None:
     folder = built(family, "fp32")
     model: mdzoo.Model = FAMILIES.small_model(family)
-    rounds = {"rounds": min(4, model.denoiser.spec.length)}
+    rounds: dict[str, Any] = {"rounds": min(4, model.denoiser.spec.length)}
     if model.text is not None:
         with mdruntime.load_text(folder) as writer:
             texts = writer.generate(count=2, preset=preset, **rounds)
