@@ -7,6 +7,7 @@ import platform
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +39,10 @@ from mdruntime.records import to_json
 __all__ = ["main"]
 
 USAGE = 2
+
+_INTERRUPTED = threading.Event()
+"""Set by a signal: Python drops an exception that is raised within a weak reference's callback, of
+which the tracer has many."""
 
 
 class _Settings(click.ParamType[tuple[str, int]]):
@@ -112,6 +117,8 @@ def build_command(**options: Any) -> None:
     )
     with contextlib.closing(build(model, folder, made)) as steps:
         for progress in steps:
+            if _INTERRUPTED.is_set():
+                raise KeyboardInterrupt
             say(progress)
     _say_done(entry, folder, options["as_json"])
 
@@ -219,11 +226,17 @@ def doctor_command() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
-    signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated build cleans up too
-    sys.exit(_run(arguments))
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminated build cleans up too
+        signal.signal(number, _interrupt)
+    try:
+        code = _run(arguments)
+    except KeyboardInterrupt:  # while an earlier one was being dealt with
+        code = device.INTERRUPTED
+    sys.exit(code)
 
 
 def _interrupt(number: int, frame: object) -> None:
+    _INTERRUPTED.set()
     raise KeyboardInterrupt
 
 

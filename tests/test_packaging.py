@@ -74,17 +74,19 @@ def test_importing_the_runtime_loads_nothing_heavy() -> None:
     assert not set(done.stdout.split()) & set(HEAVY)
 
 
-def test_importing_the_runtime_takes_less_than_150_ms() -> None:
+def import_seconds(package: str) -> float:
     source = (
-        "import time; t = time.perf_counter(); import mdruntime; print(time.perf_counter() - t)"
+        f"import time; t = time.perf_counter(); import {package}; print(time.perf_counter() - t)"
     )
-    times = [
-        float(
-            subprocess.run([sys.executable, "-c", source], capture_output=True, check=True).stdout
-        )
-        for _ in range(7)
-    ]
-    assert min(times) < 0.15, times
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, check=True)
+    return float(done.stdout)
+
+
+def test_importing_the_runtime_takes_less_than_three_times_numpys_own_import() -> None:
+    """A ratio, taken in turn: seconds would speak of what else the machine is doing."""
+    pairs = [(import_seconds("mdruntime"), import_seconds("numpy")) for _ in range(7)]
+    ours, numpys = (min(times) for times in zip(*pairs, strict=True))
+    assert ours < 3 * numpys, pairs
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
