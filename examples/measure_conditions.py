@@ -39,6 +39,8 @@ def median_ms(run: Callable[[], object]) -> float:
 def measure(bundle: Bundle) -> str:
     """Return a line of the table."""
     spec, manifest = bundle.manifest.denoiser, bundle.manifest
+    if "condition" not in manifest.graphs:
+        raise SystemExit(f"{manifest.name} has no condition graph; take a halton or amused bundle")
     graph = manifest.graphs["condition"]
     condition = conditioner(open_session(bundle, "condition", "cpu"), graph)
     conditions = Conditions.of([1])

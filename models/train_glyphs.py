@@ -34,7 +34,7 @@ PEAK_RATE = 1e-3
 WEIGHT_DECAY = 0.05
 AVERAGING = 0.998
 INTERVAL = 180  # seconds between checkpoints
-TEST_IMAGES = 300  # held-out images that a report on the tokenizer draws
+TEST_IMAGES = 500  # held-out images that reports are made of
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +183,13 @@ def stages(setting: Setting, options: argparse.Namespace, device: torch.device) 
             use, side=setting.side, variants=variants, seed=options.seed, partial=options.partial
         )
     )
+    some = _some(len(test_images), TEST_IMAGES)
+    test_images, test_labels = test_images[some], test_labels[some]
     print(f"{len(images)} images, {len(test_images)} of held-out fonts, {device}", flush=True)
     codec = tokenizer.train(
         setting.tokenizer,
         images,
-        test_images[_some(len(test_images), TEST_IMAGES)],
+        test_images,
         minutes=options.minutes_tokenizer,
         seed=options.seed,
         checkpoint=options.work / "tokenizer.pt",
@@ -196,8 +198,8 @@ def stages(setting: Setting, options: argparse.Namespace, device: torch.device) 
     write(path, codec.state_dict(), options.seed)
     codec = shipped(path).to(device)
     data, test = (
-        Split(tokenizer.encode(codec, some).to(device), of)
-        for some, of in ((images, labels), (test_images, test_labels))
+        Split(tokenizer.encode(codec, seen).to(device), of)
+        for seen, of in ((images, labels), (test_images, test_labels))
     )
     denoiser = train(
         setting,

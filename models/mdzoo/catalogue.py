@@ -102,8 +102,10 @@ def _halton(name: str) -> Entry:
 def _mdlm(name: str) -> Entry:
     size = name.rpartition("-")[2]
     where = {
-        "owt": f"{_HUB}, kuleshov-group/mdlm-owt, model.safetensors",
-        "small": f"{_HUB}, jdeschena/sdtt, one revision for each model, model.safetensors",
+        "owt": "kuleshov-group/mdlm-owt",
+        "small": "jdeschena/sdtt, revision baselines_kld_step_70000",
+        "medium": "jdeschena/sdtt, a revision scaling_400k_md_step_N",
+        "large": "jdeschena/sdtt, a revision scaling_400k_large_step_N",
     }
     what = "MDLM" if size == "owt" else f"SDTT {size} (distilled MDLM)"
     return Entry(
@@ -113,7 +115,7 @@ def _mdlm(name: str) -> Entry:
         summary=f"{what}, OpenWebText, 1024 tokens of GPT-2",
         config=mdlm.PUBLISHED[name],
         files={
-            "--checkpoint": where.get(size, where["small"]),
+            "--checkpoint": f"{_HUB}, {where[size]}, model.safetensors",
             "--tokenizer": f"{_HUB}, openai-community/gpt2, tokenizer.json",
         },
         licence="Apache-2.0" if size == "owt" else "repository without a licence file",

@@ -138,7 +138,7 @@ def _verify(options: argparse.Namespace) -> int:
     else:
         _say_identity(bundle)
         for name, limit in result.limits.items():
-            print(f"  {name:16} {result.measured[name]:<12.6g} limit {limit:g}")
+            print(f"  {name:18} {result.measured[name]:<12.6g} limit {limit:g}")
         print(f"  {result.passes} passes on {options.provider} in {seconds:.1f} s")
     if not result:
         raise VerificationError(
