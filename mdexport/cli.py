@@ -188,7 +188,12 @@ def _against(entry: mdzoo.Entry, options: dict[str, Any]) -> int:
     read = mdzoo.load_direct if recording.direct else mdzoo.load_denoiser
     if entry.family.folder is not None and not recording.direct:
         settings = dict(options["settings"])  # its folder states all sizes
-    model = read(entry, mdzoo.Sources(checkpoint=checkpoint, settings=settings))
+    given = mdzoo.Sources(checkpoint=checkpoint, settings=settings, extra_tensors=True)
+    model = read(entry, given)
+    if unused := mdzoo.unused_tensors(model):  # the logits decide whether they matter
+        click.echo(
+            f"{len(unused)} tensors of the file are not used: {', '.join(unused[:4])}", err=True
+        )
     result = compare(model, recording, prompts_of(model))
     if options["as_json"]:
         click.echo(json.dumps({**to_json(result), "ok": bool(result)}))

@@ -4,7 +4,7 @@ from mdzoo.catalogue import CATALOGUE
 from mdzoo.checkpoint import CheckpointError
 from mdzoo.entry import Entry, Model, Sources
 from mdzoo.hub import resolve
-from mdzoo.loading import load, load_denoiser, load_direct
+from mdzoo.loading import load, load_denoiser, load_direct, unused_tensors
 
 __all__ = [
     "CATALOGUE",
@@ -16,4 +16,5 @@ __all__ = [
     "load_denoiser",
     "load_direct",
     "resolve",
+    "unused_tensors",
 ]

@@ -76,6 +76,8 @@ class Sources:
     random_seed: int | None = None
     settings: Mapping[str, int] = field(default_factory=dict)
     """Sizes that shapes cannot tell; which they are is the family's."""
+    extra_tensors: bool = False
+    """Whether a file may hold tensors without a place in the denoiser: see ``unused_tensors``."""
 
 
 @dataclass(frozen=True, slots=True)

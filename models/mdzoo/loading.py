@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from mdruntime.manifest import ImageSpec, WeightsSpec
+from mdruntime.manifest import ImageSpec, TextSpec, WeightsSpec
 from mdruntime.tokenizer import BYTES, IDS
 from mdzoo import amused_direct, checkpoint, folder
 from mdzoo.amused_direct import DirectAmused
@@ -20,7 +21,14 @@ from mdzoo.family import ZooDenoiser
 from mdzoo.palette import Palette, PaletteTokens
 from mdzoo.texts import prompt_files, text_files
 
-__all__ = ["load", "load_denoiser", "load_direct"]
+__all__ = ["load", "load_denoiser", "load_direct", "unused_tensors"]
+
+
+WRAPPED = ("backbone.", "model.")
+"""What modules around a denoiser put before all of its names."""
+
+UNUSED: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
+"""Tensors of a file that its model has no place for, where ``extra_tensors`` allowed them."""
 
 
 def load(entry: Entry, sources: Sources) -> Model:
@@ -40,7 +48,12 @@ def load(entry: Entry, sources: Sources) -> Model:
         codec = _codec(entry, entry.images, sources, denoiser, state)
         decoder, encoder, image = _pictures(codec, denoiser)
     if entry.text is not None:
-        text, extra = text_files(entry.text, sources.tokenizer, _text_fallback(sources, denoiser))
+        text, extra = text_files(
+            _text_of(entry, entry.text, denoiser),
+            sources.tokenizer,
+            _text_fallback(sources, denoiser),
+            denoiser.spec.codebook,
+        )
     if entry.task == "text to image":
         prompt, extra = prompt_files(sources.checkpoint, denoiser.config.text)
     return Model(
@@ -82,10 +95,20 @@ def _denoiser(entry: Entry, sources: Sources) -> tuple[ZooDenoiser, Mapping[str,
         if sources.settings:
             raise CheckpointError("the folder's configs state all sizes; leave --set out")
         return cast(ZooDenoiser, family.folder(path)), {}
-    state = checkpoint.read(path, strip=family.prefixes, ema=True)
+    state = checkpoint.read(path, strip=(*family.prefixes, *WRAPPED), ema=True)
     model = family.build(family.infer(state, entry.config, sources.settings))
-    checkpoint.fit(model, family.from_published(state), source=path.name)
+    ours = family.from_published(state)
+    if sources.extra_tensors:
+        places = model.state_dict()
+        UNUSED[model] = tuple(name for name in ours if name not in places)
+        ours = {name: tensor for name, tensor in ours.items() if name in places}
+    checkpoint.fit(model, ours, source=path.name)
     return cast(ZooDenoiser, model.eval()), state
+
+
+def unused_tensors(denoiser: object) -> tuple[str, ...]:
+    """Return the names of tensors in a denoiser's file that it has no place for."""
+    return UNUSED.get(denoiser, ()) if isinstance(denoiser, nn.Module) else ()
 
 
 def load_direct(entry: Entry, sources: Sources) -> DirectAmused:
@@ -167,6 +190,13 @@ def _pictures(codec: Any, denoiser: ZooDenoiser) -> tuple[nn.Module, nn.Module |
     encodes = getattr(codec, "encoder", None) is not None
     size = ImageSpec(side, side, codec.factor)
     return Pixels(codec).eval(), Tokens(codec).eval() if encodes else None, size
+
+
+def _text_of(entry: Entry, text: TextSpec, denoiser: ZooDenoiser) -> TextSpec:
+    """Return what begins and ends a text; only the published vocabulary is known to have both."""
+    if denoiser.spec.codebook == entry.spec.codebook:
+        return text
+    return TextSpec(text.tokenizer)
 
 
 def _text_fallback(sources: Sources, denoiser: ZooDenoiser) -> str:

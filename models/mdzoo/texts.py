@@ -19,7 +19,7 @@ TOKENIZER = "tokenizer/tokenizer.json"
 
 
 def text_files(
-    text: TextSpec, tokenizer: Path | None, fallback: str
+    text: TextSpec, tokenizer: Path | None, fallback: str, codebook: int
 ) -> tuple[TextSpec, dict[str, bytes]]:
     """Return how a model's text becomes tokens, and the files that takes.
 
@@ -27,9 +27,10 @@ def text_files(
         text: what the published model does.
         tokenizer: ``tokenizer.json``, or a folder that holds it.
         fallback: what stands for a file that was not given, or nothing.
+        codebook: number of ids that the model draws.
 
     Raises:
-        CheckpointError: the file is needed and not given, or is no tokenizer.
+        CheckpointError: the file is needed and not given, is no tokenizer, or another model's.
     """
     if tokenizer is None:
         if not fallback:
@@ -37,7 +38,23 @@ def text_files(
                 "a text model needs --tokenizer FILE, the tokenizer.json that it was trained with"
             )
         return TextSpec(fallback), {}
-    return replace(text, tokenizer=TOKENIZER), {TOKENIZER: read_tokenizer(tokenizer)}
+    content = read_tokenizer(tokenizer)
+    size = _size(json.loads(content))
+    # Tokenizers may know the mask token, and models may have spare ids.
+    if size and not 0.9 * codebook <= size <= codebook + 1:
+        raise CheckpointError(
+            f"{tokenizer} has {size} ids, the model {codebook}: they do not belong together; "
+            "pass the model's own --tokenizer"
+        )
+    return replace(text, tokenizer=TOKENIZER), {TOKENIZER: content}
+
+
+def _size(found: dict[str, Any]) -> int:
+    """Return the number of ids of a tokenizer; 0 where its kind has no list of them."""
+    words = found["model"].get("vocab", ()) if isinstance(found["model"], dict) else ()
+    added = found.get("added_tokens", ())
+    names = {str(word[0]) if isinstance(word, list) else str(word) for word in words}
+    return len(names | {str(token.get("content")) for token in added}) if names else 0
 
 
 def prompt_files(path: Path | None, config: ClipConfig) -> tuple[PromptSpec, dict[str, bytes]]:
