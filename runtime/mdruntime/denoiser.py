@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mdruntime.conditions import Conditions
 from mdruntime.errors import SamplingError
 from mdruntime.head import Draws, draw
-from mdruntime.layout import Layout
+from mdruntime.layout import layout_of
 from mdruntime.manifest import DenoiserSpec, GraphSpec
 from mdruntime.sampler import Pass, Positions, Result, padded
 from mdruntime.session import Feeds, Session
@@ -73,7 +73,7 @@ class Denoiser:
 
     def _begin(self, request: Pass) -> None:
         batch, length = len(self._conditions.labels), request.tokens.shape[1]
-        self._layout = Layout(self._spec, length)
+        self._layout = layout_of(self._spec, length)
         self._canvas = np.zeros((batch, length), np.int32)
         self._canvas[request.samples] = request.tokens
         self._guided = bool(np.any(self._weights(request) != 0))

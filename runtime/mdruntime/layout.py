@@ -1,11 +1,13 @@
 """Where the tokens of a canvas lie among the rows that the transformer sees."""
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
 from mdruntime.manifest import DenoiserSpec
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "layout_of"]
 
 Index = NDArray[np.int64]
 
@@ -61,3 +63,9 @@ class Layout:
             labelled = (labels >= 0) & (row.offset >= 0)
             table[:, row.position, 0] = np.where(labelled, row.offset + labels, row.dropped)
         return table
+
+
+@lru_cache(maxsize=16)
+def layout_of(spec: DenoiserSpec, length: int) -> Layout:
+    """Return the layout of a canvas; the same one for every pass over it."""
+    return Layout(spec, length)

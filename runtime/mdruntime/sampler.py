@@ -204,9 +204,9 @@ def _play(state: _Round, counts: list[Round], tokens: Tokens) -> Iterator[NDArra
     """Run the passes of a round, writing into ``tokens``; yield what each revealed."""
     turn = state.turn(tokens)
     hidden = tokens[state.active] == state.canvas.mask_token
-    nothing = _on_canvas(None, np.zeros((len(hidden), 0), np.int64), state.canvas.length)
-    view = state.view(nothing, turn)
     if state.sampling.known:  # then only the positions to be revealed need a token
+        nothing = _on_canvas(None, np.zeros((len(hidden), 0), np.int64), state.canvas.length)
+        view = state.view(nothing, turn)
         chosen = choose(state.sampling, counts, turn, view, hidden)
         wanted = padded([parts[0] for parts in chosen])
         result = state.run(tokens, 0, turn.controls, wanted)
