@@ -33,13 +33,7 @@ from mdexport.trace import (
 )
 from mdruntime.bundle import MANIFEST, file_spec, open_bundle
 from mdruntime.errors import VerificationError
-from mdruntime.manifest import (
-    FORMAT,
-    GraphSpec,
-    Manifest,
-    VerificationRecord,
-    dump,
-)
+from mdruntime.manifest import FORMAT, GraphSpec, Manifest, VerificationRecord, dump
 from mdruntime.verify import DENOISER_VECTORS, Verification, verify, write_passes
 
 __all__ = ["Options", "Progress", "build"]
@@ -225,6 +219,7 @@ class _Work:
                 measured=measured,
             ),
             toolchain=_toolchain(),
+            study=model.study,
         )
 
 

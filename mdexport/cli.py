@@ -1,4 +1,4 @@
-"""The command line of the workstation: ``mdexport build | verify | list | doctor``."""
+"""The command line of the workstation: ``mdexport build | verify | study | list | doctor``."""
 
 import contextlib
 import json
@@ -29,6 +29,7 @@ from mdexport.cli_models import (
     told,
     wish,
 )
+from mdexport.cli_study import study_command
 from mdexport.precision import PRECISIONS
 from mdruntime import cli as device
 from mdruntime.doctor import examine
@@ -214,6 +215,7 @@ def _against(entry: mdzoo.Entry, options: dict[str, Any]) -> int:
 
 
 cli.add_command(list_command)
+cli.add_command(study_command)
 
 
 @cli.command("doctor")

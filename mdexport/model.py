@@ -8,6 +8,7 @@ from torch import nn
 from mdexport.denoiser import Denoiser
 from mdruntime.manifest import ImageSpec, PromptSpec, TextSpec, WeightsSpec
 from mdruntime.sampling import Sampling
+from mdruntime.study import Study
 
 __all__ = ["Model"]
 
@@ -62,3 +63,7 @@ class Model(Protocol):
     @property
     def presets(self) -> Mapping[str, Sampling]:
         """Sets of sampler options; one is named ``default``."""
+
+    @property
+    def study(self) -> Study | None:
+        """Quality of these weights under different samplers, where it was measured."""

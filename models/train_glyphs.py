@@ -70,7 +70,7 @@ def _setting(side: int, variants: int, channels: int, width: int, depth: int) ->
 
 
 SETTINGS: Mapping[str, Setting] = {
-    "cpu": _setting(32, 8, channels=32, width=192, depth=6),
+    "cpu": _setting(32, 8, channels=32, width=160, depth=6),
     "gpu": _setting(64, 32, channels=64, width=256, depth=8),
 }
 

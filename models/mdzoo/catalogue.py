@@ -28,7 +28,9 @@ from mdzoo import (
 from mdzoo.conv import ConvConfig
 from mdzoo.entry import Entry, Images
 from mdzoo.maskgit import MaskGITConfig
+from mdzoo.mdlm import MDLMConfig
 from mdzoo.palette import Palette
+from mdzoo.vqgan import VQGANConfig
 
 __all__ = ["CATALOGUE"]
 
@@ -54,6 +56,43 @@ def _digits() -> Entry:
         presets=presets.digits(),
         images=Images(_no_palette, lambda config: Palette(config.grid, config.codebook)),
         shipped="digits.safetensors",
+    )
+
+
+def _glyphs() -> Entry:
+    sizes = VQGANConfig(
+        widths=(32, 32, 64), stem=32, blocks=1, latent=64, embedding=8, codebook=256
+    )
+    return Entry(
+        name="glyphs",
+        family=maskgit.FAMILY,
+        task="class to image",
+        summary="letters and digits in many fonts, 32 x 32 pixels in 64 tokens",
+        config=MaskGITConfig(
+            grid=8, codebook=256, classes=62, width=160, depth=6, heads=5, hidden=640
+        ),
+        files={},
+        licence="Apache-2.0; data: drawn with free fonts, see models/README.md",
+        presets=presets.glyphs(),
+        images=Images(vqgan.load, _fixed(vqgan.VQGAN, sizes)),
+        shipped="glyphs.safetensors",
+        shipped_tokenizer="glyphs-tokenizer.safetensors",
+    )
+
+
+def _prose() -> Entry:
+    return Entry(
+        name="prose",
+        family=mdlm.FAMILY,
+        task="text",
+        summary="sentences about Python, 128 tokens of a vocabulary of 1024",
+        config=MDLMConfig(128, 1024, width=128, depth=5, heads=4, hidden=512),
+        files={},
+        licence="Apache-2.0; data: Python's documentation, PSF licence",
+        presets=presets.prose(),
+        text=TextSpec(""),
+        shipped="prose.safetensors",
+        shipped_tokenizer="prose-tokenizer.json",
     )
 
 
@@ -240,6 +279,8 @@ def _smdm(name: str) -> Entry:
 
 def _entries() -> Iterator[Entry]:
     yield _digits()
+    yield _glyphs()
+    yield _prose()
     yield _maskgit(16, 8, 3.0, 4.5)
     yield _maskgit(32, 15, 2.8, 7.0)
     yield from map(_halton, halton.PUBLISHED)

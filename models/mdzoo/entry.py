@@ -10,6 +10,7 @@ from torch import nn
 
 from mdruntime.manifest import DenoiserSpec, ImageSpec, PromptSpec, TextSpec, WeightsSpec
 from mdruntime.sampling import Sampling
+from mdruntime.study import Study
 from mdzoo.family import Family, ZooDenoiser
 
 __all__ = ["Entry", "Images", "Model", "Sources"]
@@ -42,6 +43,12 @@ class Entry:
     images: Images | None = None
     text: TextSpec | None = None
     shipped: str = ""  # file of this package that holds the weights
+    shipped_tokenizer: str = ""  # the one that holds its tokenizer, if that is one
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether its tokenizer is in a file of its own."""
+        return bool(self.shipped_tokenizer or "--tokenizer" in self.files)
 
     @property
     def parameters(self) -> int:
@@ -96,3 +103,4 @@ class Model:
     files: Mapping[str, bytes]
     weights: WeightsSpec
     presets: Mapping[str, Sampling]
+    study: Study | None

@@ -1,7 +1,6 @@
 """From an entry of the catalogue and a user's files to a model."""
 
 from collections.abc import Mapping
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -19,6 +18,7 @@ from mdzoo.decoder import Tokens
 from mdzoo.entry import Entry, Images, Model, Sources
 from mdzoo.family import ZooDenoiser
 from mdzoo.palette import Palette, PaletteTokens
+from mdzoo.shipped import packaged, presets_of, shipped_study
 from mdzoo.texts import prompt_files, text_files
 
 __all__ = ["load", "load_denoiser", "load_direct", "unused_tensors"]
@@ -50,12 +50,15 @@ def load(entry: Entry, sources: Sources) -> Model:
     if entry.text is not None:
         text, extra = text_files(
             _text_of(entry, entry.text, denoiser),
-            sources.tokenizer,
+            _text_tokenizer(entry, sources),
             _text_fallback(sources, denoiser),
             denoiser.spec.codebook,
         )
     if entry.task == "text to image":
         prompt, extra = prompt_files(sources.checkpoint, denoiser.config.text)
+    study = None
+    if sources.random_seed is None and sources.checkpoint is None:
+        study = shipped_study(entry.name)
     return Model(
         name=entry.name,
         family=entry.family.name,
@@ -68,7 +71,8 @@ def load(entry: Entry, sources: Sources) -> Model:
         prompt=prompt,
         files=extra,
         weights=_weights(entry, sources, denoiser),
-        presets=entry.presets,
+        presets={**entry.presets, **presets_of(study)},
+        study=study,
     )
 
 
@@ -137,12 +141,7 @@ def _path(entry: Entry, sources: Sources) -> Path:
         return sources.checkpoint
     if not entry.shipped:
         raise CheckpointError(_missing(entry, "--checkpoint"))
-    return _shipped(entry)
-
-
-def _shipped(entry: Entry) -> Path:
-    with as_file(files("mdzoo") / "weights" / entry.shipped) as path:
-        return path  # the package is never zipped: it would not be a real file otherwise
+    return packaged(entry.shipped)
 
 
 def _missing(entry: Entry, option: str) -> str:
@@ -161,7 +160,7 @@ def _codec(
     state: Mapping[str, Tensor],
 ) -> Any:
     """Return the tokenizer that belongs to a denoiser."""
-    if sources.random_seed is not None or entry.shipped:
+    if sources.random_seed is not None or not (images.inside or entry.needs_tokenizer):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(sources.random_seed or 0)
             return images.random(denoiser.config)
@@ -169,10 +168,11 @@ def _codec(
     if images.inside == "file" and sources.tokenizer is None:
         codec = images.load(state, source=path.name)
     else:
-        inside = folder.root(path) / images.inside
-        path = inside if sources.tokenizer is None else sources.tokenizer
-        if sources.tokenizer is None and not images.inside:
+        inside = folder.root(path) / images.inside if images.inside else None
+        given = sources.tokenizer or inside or _shipped_tokenizer(entry)
+        if given is None:
             raise CheckpointError(_missing(entry, "--tokenizer"))
+        path = given
         codec = images.load(checkpoint.read(path), source=path.name)
     if codec.codebook != denoiser.spec.codebook:
         raise CheckpointError(
@@ -199,6 +199,16 @@ def _text_of(entry: Entry, text: TextSpec, denoiser: ZooDenoiser) -> TextSpec:
     return TextSpec(text.tokenizer)
 
 
+def _shipped_tokenizer(entry: Entry) -> Path | None:
+    return packaged(entry.shipped_tokenizer) if entry.shipped_tokenizer else None
+
+
+def _text_tokenizer(entry: Entry, sources: Sources) -> Path | None:
+    if sources.tokenizer is not None or sources.random_seed is not None:
+        return sources.tokenizer
+    return _shipped_tokenizer(entry)
+
+
 def _text_fallback(sources: Sources, denoiser: ZooDenoiser) -> str:
     """Return the tokenizer of a text model that was given none; empty where it must have one."""
     if denoiser.spec.codebook == 256:
@@ -212,8 +222,9 @@ def _weights(entry: Entry, sources: Sources, denoiser: ZooDenoiser) -> WeightsSp
         return WeightsSpec("random", sources.random_seed, {}, parameters, "none")
     origin = "checkpoint" if sources.checkpoint is not None else "trained"
     hashes = _hashes(_path(entry, sources), entry)
-    if entry.images is not None and sources.tokenizer is not None:
-        hashes |= checkpoint.hashes(sources.tokenizer)
+    tokenizer = sources.tokenizer or _shipped_tokenizer(entry)
+    if entry.images is not None and tokenizer is not None:
+        hashes |= checkpoint.hashes(tokenizer)
     return WeightsSpec(origin, -1, hashes, parameters, entry.licence)
 
 

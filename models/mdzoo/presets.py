@@ -35,12 +35,14 @@ from mdruntime.schedule import ANCESTRAL
 __all__ = [
     "amused",
     "digits",
+    "glyphs",
     "halton",
     "mage",
     "maskbit",
     "maskgit",
     "maskgit_jax",
     "mdlm",
+    "prose",
     "sdtt",
     "smdm",
     "titok",
@@ -78,6 +80,17 @@ def digits() -> Presets:
     """Return the presets of the digits, which were trained for this project."""
     published = Sampling(rounds=8, order="maskgit", guidance=1.0)
     return _two_steps(published, 4, 8, 16)
+
+
+def glyphs() -> Presets:
+    """Return presets of the glyphs for weights of one's own; the shipped ones have a study."""
+    published = Sampling(rounds=8, order="maskgit", guidance=1.0)
+    return _two_steps(published, 4, 8, 16)
+
+
+def prose() -> Presets:
+    """Return presets of the prose for weights of one's own; the shipped ones have a study."""
+    return _named(_ancestral(128), _ancestral(16), balanced=_ancestral(32), best=_ancestral(64))
 
 
 def maskgit(rounds: int, guidance: float, alpha: float) -> Presets:

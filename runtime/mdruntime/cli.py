@@ -1,4 +1,4 @@
-"""The command line of the device: ``mdruntime generate | edit | verify | info | doctor``."""
+"""The command line of the device: ``mdruntime generate | edit | tune | bench | verify | ...``."""
 
 import argparse
 import contextlib
@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mdruntime import __version__, cli_edit, cli_generate
+from mdruntime import __version__, cli_bench, cli_edit, cli_generate, cli_tune
 from mdruntime.bundle import Bundle, open_bundle
 from mdruntime.doctor import examine
 from mdruntime.errors import MdruntimeError, ProviderError, SamplingError, VerificationError
 from mdruntime.manifest import Manifest
 from mdruntime.records import to_json
 from mdruntime.session import PROVIDERS
+from mdruntime.tuned import read_tuned
 from mdruntime.verify import verify
 
 __all__ = ["explain", "main", "parse_args", "run"]
@@ -45,6 +46,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     cli_generate.add_flags(_command(commands, "generate", "make images or texts from a bundle"))
     cli_edit.add_flags(_command(commands, "edit", "inpaint, outpaint or vary an image"))
+    cli_tune.add_flags(_command(commands, "tune", "choose the sampler for this device"))
+    cli_bench.add_flags(_command(commands, "bench", "measure times on this device"))
     check = commands.add_parser("verify", help="compare this device with the recorded model")
     _add_bundle(check, provider=True)
     _add_bundle(commands.add_parser("info", help="say what a bundle is"))
@@ -121,6 +124,8 @@ def run(options: argparse.Namespace) -> int:
     commands = {
         "generate": cli_generate.run,
         "edit": cli_edit.run,
+        "tune": cli_tune.run,
+        "bench": cli_bench.run,
         "verify": _verify,
         "info": _info,
         "doctor": _doctor,
@@ -158,8 +163,9 @@ def _say_identity(bundle: Bundle) -> None:
 def _info(options: argparse.Namespace) -> int:
     bundle = open_bundle(options.bundle)
     manifest, spec = bundle.manifest, bundle.manifest.denoiser
+    tuned = read_tuned(bundle)
     if options.json:
-        print(json.dumps(to_json(manifest)))
+        print(json.dumps({**to_json(manifest), "tuned": to_json(tuned)}))
         return 0
     _say_identity(bundle)
     size = sum(file.bytes for file in manifest.files.values()) / 1e6
@@ -172,6 +178,7 @@ def _info(options: argparse.Namespace) -> int:
         "graphs": ", ".join(manifest.graphs),
         **_tokenizer(manifest),
         "presets": ", ".join(manifest.presets),
+        "tuned": "no; see 'mdruntime tune'" if tuned is None else tuned.summary,
         "verified": ", ".join(f"{k} {v:.4g}" for k, v in manifest.verification.measured.items()),
         "made with": ", ".join(f"{k} {v}" for k, v in manifest.toolchain.items()),
     }

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from mdruntime.bundle import open_bundle
 from mdruntime.cli_generate import facts_of, say_random
+from mdruntime.cli_tuned import open_runner, say_tuned
 from mdruntime.denoiser import HEADS
 from mdruntime.errors import SamplingError
 from mdruntime.images import check_target, enlarge, fitted, read_image, save_image, sheet
 from mdruntime.manifest import ImageSpec
 from mdruntime.options import add_sampling_flags, labels, sampling_changes
 from mdruntime.pipeline import Images, Pipeline
-from mdruntime.runner import Runner
 
 __all__ = ["add_flags", "run"]
 
@@ -63,8 +63,9 @@ def run(options: argparse.Namespace) -> int:
         raise SamplingError("this bundle makes text; fill gaps with: mdruntime generate --infill")
     if "encoder" not in bundle.manifest.graphs:
         raise SamplingError("this bundle has no encoder, so that it cannot read images")
-    runner = Runner(bundle, options.provider, threads=options.threads, head=options.head)
+    runner = open_runner(bundle, options)
     with contextlib.closing(runner):
+        say_tuned(runner, options)
         began = time.perf_counter()
         images = _edited(Pipeline(runner), image, mask, options)
         seconds = round(time.perf_counter() - began, 3)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mdruntime.bundle import open_bundle
+from mdruntime.cli_tuned import open_runner, say_tuned, tuned_facts
 from mdruntime.denoiser import HEADS
 from mdruntime.images import enlarge, save_animation, save_image, sheet
 from mdruntime.options import (
@@ -67,8 +68,9 @@ def run(options: argparse.Namespace) -> int:
     bundle = open_bundle(options.bundle)
     makes_text = bundle.manifest.text is not None
     (check_texts if makes_text else check_images)(options)
-    runner = Runner(bundle, options.provider, threads=options.threads, head=options.head)
+    runner = open_runner(bundle, options)
     with contextlib.closing(runner):
+        say_tuned(runner, options)
         loaded = time.perf_counter()
         facts = {**facts_of(runner, options), "load_s": round(loaded - began, 3)}
         make = _texts if makes_text else _sheet
@@ -90,6 +92,7 @@ def facts_of(runner: Runner, options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "first_index": options.first_index,
         "sampling": to_json(sampling),
+        "tuned": tuned_facts(runner, options.preset),
     }
 
 

@@ -7,6 +7,7 @@ from mdruntime.errors import BundleError
 from mdruntime.pipeline import Pipeline
 from mdruntime.runner import Runner
 from mdruntime.text import TextPipeline
+from mdruntime.tuned import read_tuned
 
 __all__ = ["load", "load_text"]
 
@@ -18,6 +19,7 @@ def load(
     threads: int = 0,
     check: bool = True,
     head: str = "graph",
+    tuned: bool = True,
 ) -> Pipeline:
     """Open a bundle of an image model and return its pipeline; see ``load_text`` for text.
 
@@ -27,15 +29,19 @@ def load(
         threads: CPU threads; 0 takes as many as the process may use.
         check: compare the files' SHA-256 sums first (about a second per gigabyte).
         head: draw tokens in the ``graph``, or in ``numpy`` (the reference) from its logits.
+        tuned: let the sampler that ``mdruntime tune`` chose for this device be the default, where
+            it did.
 
     Raises:
-        BundleError: the bundle is incomplete, altered, of another format, or no image model's.
+        BundleError: the bundle or the file of ``mdruntime tune`` is incomplete, altered, of another
+            format, or the bundle is no image model's.
         ProviderError: the provider is not available on this machine.
     """
     bundle = open_bundle(folder, check=check)
     if bundle.manifest.image is None:
         raise BundleError(f"{str(folder)!r} makes text, not images; use mdruntime.load_text")
-    return Pipeline(Runner(bundle, provider, threads=threads, head=head))
+    choice = read_tuned(bundle) if tuned else None
+    return Pipeline(Runner(bundle, provider, threads=threads, head=head, tuned=choice))
 
 
 def load_text(
@@ -45,14 +51,17 @@ def load_text(
     threads: int = 0,
     check: bool = True,
     head: str = "graph",
+    tuned: bool = True,
 ) -> TextPipeline:
     """Open a bundle of a text model and return its pipeline; the arguments are those of ``load``.
 
     Raises:
-        BundleError: the bundle is incomplete, altered, of another format, or no text model's.
+        BundleError: the bundle or the file of ``mdruntime tune`` is incomplete, altered, of another
+            format, or the bundle is no text model's.
         ProviderError: the provider or the tokenizer's package is not available.
     """
     bundle = open_bundle(folder, check=check)
     if bundle.manifest.text is None:
         raise BundleError(f"{str(folder)!r} makes images, not text; use mdruntime.load")
-    return TextPipeline(Runner(bundle, provider, threads=threads, head=head))
+    choice = read_tuned(bundle) if tuned else None
+    return TextPipeline(Runner(bundle, provider, threads=threads, head=head, tuned=choice))

@@ -14,6 +14,7 @@ from typing import Any
 from mdruntime.errors import BundleError
 from mdruntime.records import from_json, to_json
 from mdruntime.sampling import Sampling
+from mdruntime.study import Study
 
 __all__ = [
     "FORMAT",
@@ -32,7 +33,7 @@ __all__ = [
     "parse",
 ]
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +185,7 @@ class Manifest:
     files: dict[str, FileSpec]
     verification: VerificationRecord
     toolchain: dict[str, str]
+    study: Study | None = None  # quality under different samplers, where it was measured
     digest: str = field(default="")
 
     def __post_init__(self) -> None:

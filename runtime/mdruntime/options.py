@@ -61,6 +61,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of ``Sampling``; what is not given stays as the preset has it."""
     group = parser.add_argument_group("sampling (defaults come from the bundle's preset)")
     group.add_argument("--preset", default="default", metavar="NAME", help="a set of options")
+    group.add_argument("--no-tuned", action="store_true", help="ignore what tune chose here")
     for name, read, metavar, text in _FLAGS:
         flag = f"--{name.replace('_', '-')}"
         group.add_argument(flag, type=read, metavar=metavar, help=text.replace("%", "%%"))

@@ -13,7 +13,8 @@ from mdruntime.conditions import Conditions, tokens_of
 from mdruntime.edit import Images
 from mdruntime.errors import SamplingError
 from mdruntime.manifest import ImageSpec, Manifest
-from mdruntime.prompt import conditions_of
+from mdruntime.passes import Counted
+from mdruntime.prompt import conditions_of, conditions_of_canvases
 from mdruntime.runner import Runner, randomness
 from mdruntime.sampler import Step, Tokens
 from mdruntime.sampling import Sampling
@@ -68,6 +69,10 @@ class Pipeline:
     def close(self) -> None:
         """Release the sessions' memory."""
         self._runner.close()
+
+    def counted(self) -> Counted:
+        """Return what remembers the sizes of the denoiser's passes from now on."""
+        return self._runner.counted()
 
     def clone(self) -> "Pipeline":
         """Return a pipeline for another thread: the same weights, caches of its own."""
@@ -140,7 +145,9 @@ class Pipeline:
             uint8 (batch, height, width, 3).
         """
         canvas = tokens_of(self.manifest.denoiser, tokens)
-        conditions = self._of_canvas(canvas, labels, prompts, negative_prompt)
+        conditions = conditions_of_canvases(
+            self.bundle, labels, prompts, negative_prompt, len(canvas)
+        )
         return self._complete(canvas, conditions, batch_size, options)
 
     def inpaint(
@@ -257,7 +264,9 @@ class Pipeline:
             canvas = self._runner.blank(len(conditions.labels))
         else:
             canvas = tokens_of(self.manifest.denoiser, tokens)
-            conditions = self._of_canvas(canvas, labels, prompts, negative_prompt)
+            conditions = conditions_of_canvases(
+                self.bundle, labels, prompts, negative_prompt, len(canvas)
+            )
         sampling, source = self._runner.request(len(canvas), options)
         return self._runner.unmask(canvas, conditions, sampling, source)
 
@@ -283,18 +292,3 @@ class Pipeline:
         if image.factor:
             images[edit.pixels_of(spec, image, hidden)] = _HIDDEN_COLOUR
         return images
-
-    def _of_canvas(
-        self,
-        canvas: Tokens,
-        labels: Sequence[int] | None,
-        prompts: Sequence[str] | None,
-        negative_prompt: str,
-    ) -> Conditions:
-        conditions = conditions_of(self.bundle, labels, prompts, negative_prompt, len(canvas))
-        if len(conditions.labels) != len(canvas):
-            what = "labels" if prompts is None else "prompts"
-            raise SamplingError(
-                f"{what} must be {len(canvas)}, one per canvas, got {len(conditions.labels)}"
-            )
-        return conditions

@@ -10,7 +10,7 @@ from mdruntime.conditions import Conditions, labels_of, text_of
 from mdruntime.errors import BundleError, SamplingError
 from mdruntime.tokenizer import open_tokenizer
 
-__all__ = ["conditions_of"]
+__all__ = ["conditions_of", "conditions_of_canvases"]
 
 
 def conditions_of(
@@ -87,3 +87,22 @@ def _tokens(bundle: Bundle, texts: Sequence[str]) -> NDArray[np.int32]:
             )
         row[: len(ids)] = ids
     return table
+
+
+def conditions_of_canvases(
+    bundle: Bundle,
+    labels: Sequence[int] | None,
+    prompts: Sequence[str] | None,
+    negative_prompt: str,
+    count: int,
+) -> Conditions:
+    """Return the conditions of ``count`` canvases; the arguments are those of ``conditions_of``.
+
+    Raises:
+        SamplingError: there are more or fewer of them.
+    """
+    conditions = conditions_of(bundle, labels, prompts, negative_prompt, count)
+    if len(conditions.labels) != count:
+        what = "labels" if prompts is None else "prompts"
+        raise SamplingError(f"{what} must be {count}, one per canvas, got {len(conditions.labels)}")
+    return conditions

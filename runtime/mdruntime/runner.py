@@ -11,10 +11,13 @@ from mdruntime.conditions import Conditions, whole
 from mdruntime.denoiser import HEADS, Denoiser, conditioner
 from mdruntime.errors import SamplingError
 from mdruntime.manifest import Manifest
+from mdruntime.ort import available_threads
+from mdruntime.passes import Counted
 from mdruntime.randomness import Randomness
 from mdruntime.sampler import Canvas, Step, Tokens, unmask
 from mdruntime.sampling import Sampling
 from mdruntime.session import Session, open_session
+from mdruntime.tuned import Tuned
 
 __all__ = ["Runner", "randomness"]
 
@@ -23,7 +26,13 @@ class Runner:
     """Sessions of a bundle's graphs, opened when they are first used. One per thread."""
 
     def __init__(
-        self, bundle: Bundle, provider: str = "cpu", *, threads: int = 0, head: str = "graph"
+        self,
+        bundle: Bundle,
+        provider: str = "cpu",
+        *,
+        threads: int = 0,
+        head: str = "graph",
+        tuned: Tuned | None = None,
     ) -> None:
         """Open the denoiser of a bundle.
 
@@ -32,6 +41,7 @@ class Runner:
             provider: execution provider; no other is used in its place.
             threads: CPU threads; 0 takes as many as the process may use.
             head: draw tokens in the ``graph``, or in ``numpy`` from its logits.
+            tuned: what was chosen for this device; it is the default then.
 
         Raises:
             ProviderError: the provider is not available on this machine.
@@ -39,6 +49,7 @@ class Runner:
         if head not in HEADS:
             raise SamplingError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
         self.bundle = bundle
+        self.tuned = tuned
         self._provider = provider
         self._threads = threads
         self._head = head
@@ -56,6 +67,19 @@ class Runner:
         """The execution provider in use."""
         return self.session("denoiser").provider
 
+    @property
+    def threads(self) -> int:
+        """CPU threads in use."""
+        return self._threads or available_threads()
+
+    @property
+    def presets(self) -> dict[str, Sampling]:
+        """Those of the bundle, and ``tuned``, which is then the default."""
+        if self.tuned is None:
+            return self.manifest.presets
+        chosen = self.tuned.sampling
+        return {**self.manifest.presets, "default": chosen, "tuned": chosen}
+
     def session(self, graph: str) -> Session:
         """Return the session of a graph.
 
@@ -68,10 +92,18 @@ class Runner:
             )
         return self._sessions[graph]
 
+    def counted(self) -> Counted:
+        """Return the denoiser's session, which remembers the sizes of its passes from now on."""
+        session = self.session("denoiser")
+        counting = session if isinstance(session, Counted) else Counted(session)
+        self._sessions["denoiser"] = counting
+        return counting
+
     def clone(self) -> "Runner":
         """Return a runner for another thread: the same weights, caches of its own."""
         twin = object.__new__(Runner)
-        twin.bundle, twin._provider, twin._threads = self.bundle, self._provider, self._threads
+        twin.bundle, twin.tuned = self.bundle, self.tuned
+        twin._provider, twin._threads = self._provider, self._threads
         twin._head, twin._runs = self._head, 0
         twin._sessions = {name: session.clone() for name, session in self._sessions.items()}
         return twin
@@ -82,14 +114,15 @@ class Runner:
             session.close()
 
     def sampling(self, preset: str, options: dict[str, Any]) -> Sampling:
-        """Return a preset of the bundle, with some options changed.
+        """Return a preset, with some options changed.
 
         Raises:
             SamplingError: an unknown preset or option, or a value out of range.
         """
-        presets = self.manifest.presets
+        presets = self.presets
         if preset not in presets:
-            raise SamplingError(f"preset must be one of {', '.join(presets)}, got {preset!r}")
+            hint = "; 'mdruntime tune' makes that one" if preset == "tuned" else ""
+            raise SamplingError(f"preset must be one of {', '.join(presets)}, got {preset!r}{hint}")
         return presets[preset].but(**options)
 
     def unmask(

@@ -14,6 +14,7 @@ from mdruntime.bundle import Bundle
 from mdruntime.conditions import Conditions, text_of, tokens_of, whole
 from mdruntime.errors import BundleError, SamplingError
 from mdruntime.manifest import Manifest
+from mdruntime.passes import Counted
 from mdruntime.runner import Runner
 from mdruntime.sampler import Step, Tokens
 from mdruntime.sampling import Sampling
@@ -89,6 +90,10 @@ class TextPipeline:
     def close(self) -> None:
         """Release the sessions' memory."""
         self._runner.close()
+
+    def counted(self) -> Counted:
+        """Return what remembers the sizes of the denoiser's passes from now on."""
+        return self._runner.counted()
 
     def clone(self) -> "TextPipeline":
         """Return a pipeline for another thread: the same weights, caches of its own."""

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mdruntime.bundle import Bundle
-from mdruntime.head import draw
+from mdruntime.head import Controls, draw
 from mdruntime.manifest import (
     DenoiserSpec,
     Manifest,
@@ -169,5 +169,67 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[TextPipelin
         session = FunctionSession(script)
         monkeypatch.setattr("mdruntime.runner.open_session", lambda *_, **__: session)
         return TextPipeline(Runner(Bundle(folder, manifest), head="numpy")), script
+
+    return build
+
+
+@dataclass
+class FakeDevice:
+    """A device whose clock moves only while a graph runs, by a known number of milliseconds."""
+
+    start_ms: float = 1.0  # of a pass
+    row_ms: float = 0.1  # of a row of a sequence
+    column_ms: float = 0.05  # of a column of a sample
+    logits_ms: float = 0.2  # of a column of a sample whose logits are wanted
+    decoder_ms: float = 4.0  # of an image
+    condition_ms: float = 2.0  # of a batch's conditions
+    now: float = 0.0  # seconds
+    codebook: int = 0
+    ran: list[tuple[int, int, int]] = field(default_factory=list)  # sequences, rows, columns
+    provider: str = "cpu"
+
+    def clock(self) -> float:
+        return self.now
+
+    def start(self, canvas: int) -> None: ...
+
+    def close(self) -> None: ...
+
+    def clone(self) -> "FakeDevice":
+        return self
+
+    def run(self, feeds: Feeds, fetch: Sequence[str]) -> dict[str, NDArray[Any]]:
+        if list(feeds) == ["tokens"]:
+            self.now += self.decoder_ms / 1000
+            return {name: np.zeros((1, 8, 8, 3), np.uint8) for name in fetch}
+        if list(feeds) == ["classes"]:
+            self.now += self.condition_ms / 1000
+            return {name: np.zeros((len(feeds["classes"]), 3), np.float32) for name in fetch}
+        (sequences, rows), columns = feeds["positions"].shape, feeds["columns"].shape[1]
+        samples = len(feeds["conditional"])
+        self.ran.append((sequences, rows, columns))
+        ms = self.start_ms + self.row_ms * sequences * rows + self.column_ms * samples * columns
+        ms += self.logits_ms * samples * columns * ("logits" in fetch)
+        self.now += ms / 1000
+        shape = samples, feeds["uniforms"].shape[1]
+        logits = np.zeros((*shape, self.codebook), np.float32)
+        draws = draw(logits, _controls(feeds), feeds["uniforms"][:samples])
+        return {name: logits if name == "logits" else getattr(draws, name) for name in fetch}
+
+
+def _controls(feeds: Feeds) -> Controls:
+    return Controls(*(feeds[name] for name in Controls._fields))
+
+
+@pytest.fixture
+def fake_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., tuple[Runner, FakeDevice]]:
+    """Return a function from a bundle and a device's times to a runner of it on that device."""
+
+    def build(bundle: Bundle, **times: float) -> tuple[Runner, FakeDevice]:
+        device = FakeDevice(codebook=bundle.manifest.denoiser.codebook, **times)  # type: ignore[arg-type]
+        monkeypatch.setattr("mdruntime.runner.open_session", lambda *_, **__: device)
+        return Runner(bundle), device
 
     return build

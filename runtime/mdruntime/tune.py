@@ -1,0 +1,229 @@
+"""The sampler for a device: qualities as they were studied, times as they are measured here."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mdruntime.bench import time_samplings
+from mdruntime.costs import Costs
+from mdruntime.errors import SamplingError
+from mdruntime.manifest import Manifest
+from mdruntime.passes import PassShape, foreseen
+from mdruntime.probe import Clock
+from mdruntime.runner import Runner
+from mdruntime.study import Study, StudyRow, chosen, pareto
+from mdruntime.timing import measure
+
+__all__ = [
+    "QUALITIES",
+    "Estimate",
+    "Forecast",
+    "Tuning",
+    "calibrated",
+    "forecast",
+    "milliseconds",
+    "pick",
+    "tune",
+]
+
+
+QUALITIES = ("fast", "balanced", "best")
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a batch of samples will have to run."""
+
+    shapes: tuple[PassShape, ...]
+    logits: bool  # whether the passes' logits are wanted
+    host_ms: float  # of the sampler itself, between the passes
+    share: float = 1.0  # passes that really run for each of these
+
+    @property
+    def passes(self) -> float:
+        """Passes of the batch, in the mean."""
+        return self.share * len(self.shapes)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A row of the study and what a sample of it takes here."""
+
+    row: StudyRow
+    ms: float  # decoder included
+    foreseen: bool  # False: how many passes it takes is known in the mean only
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """All rows of a study, on this device."""
+
+    estimates: tuple[Estimate, ...]  # fastest first
+    front: tuple[str, ...]  # rows that no other one beats in both time and quality
+    noise: float  # of the measurement
+
+    def ms(self, row: StudyRow) -> float:
+        """Return what a sample of a row takes."""
+        return next(estimate.ms for estimate in self.estimates if estimate.row.name == row.name)
+
+
+def milliseconds(text: str) -> float:
+    """Read a duration such as ``200ms``, ``1.5s`` or ``200``, which is in milliseconds.
+
+    Raises:
+        SamplingError: anything else.
+    """
+    number, factor = text.strip(), 1.0
+    if number.endswith("ms"):
+        number = number[:-2]
+    elif number.endswith("s"):
+        number, factor = number[:-1], 1000.0
+    try:
+        found = float(number) * factor
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise SamplingError(f"a time must be a number such as 200ms or 1.5s, got {text!r}")
+    return found
+
+
+def check_quality(name: str) -> None:
+    """Refuse what is none of ``QUALITIES``."""
+    if name not in QUALITIES:
+        raise SamplingError(f"quality must be one of {', '.join(QUALITIES)}, got {name!r}")
+
+
+def study_of(manifest: Manifest) -> Study:
+    """Return the quality table of a bundle.
+
+    Raises:
+        SamplingError: it has none.
+    """
+    if manifest.study is None or not manifest.study.rows:
+        raise SamplingError(
+            "this bundle has no quality table to choose from; where it was built, measure one "
+            "with: mdexport study BUNDLE --judge FILE.py:NAME"
+        )
+    return manifest.study
+
+
+def forecast(
+    manifest: Manifest, row: StudyRow, *, batch: int = 1, clock: Clock = time.perf_counter
+) -> Forecast:
+    """Return what a batch will have to run, found by running its sampler without the model.
+
+    How many passes an entropy bound takes depends on the model. Such a row is taken for as many
+    full passes as the study counted, with fewer and fewer positions to draw tokens at.
+    """
+    sampling = row.sampling.but(entropy_bound=0.0)
+    foreseen(manifest, sampling, batch=batch)  # the first time fills tables that are then kept
+    began = clock()
+    shapes = foreseen(manifest, sampling, batch=batch)
+    host_ms = 1000 * (clock() - began)
+    if not row.sampling.entropy_bound:
+        return Forecast(tuple(shapes), sampling.exact, host_ms)
+    passes = max(1, round(row.passes))
+    spec = manifest.denoiser
+    rows = spec.length // spec.slots
+    full = [
+        replace(shapes[0], columns=max(1, round(rows * (1 - index / passes))))
+        for index in range(passes)
+    ]
+    return Forecast(
+        tuple(full), sampling.exact, host_ms * passes / len(shapes), row.passes / passes
+    )
+
+
+def predicted_ms(costs: Costs, plan: Forecast) -> float:
+    """Return what a sample takes, in milliseconds."""
+    passes = costs.passes_ms(plan.shapes, logits=plan.logits)
+    batch = plan.share * (passes + plan.host_ms) + costs.condition_ms
+    return batch / costs.batch + costs.decoder_ms
+
+
+def tune(
+    runner: Runner,
+    *,
+    batch: int = 1,
+    repeats: int = 7,
+    seconds: float = 30,
+    clock: Clock = time.perf_counter,
+) -> Tuning:
+    """Measure what passes cost here and foresee how long every row of the study takes.
+
+    Whole samples of the row in the middle are measured too, to calibrate the predictions.
+
+    Args:
+        runner: of the bundle, on the provider and the threads in question.
+        batch: samples that run together.
+        repeats: of each measurement.
+        seconds: after which no further repeat of the passes begins, nor of the whole samples.
+        clock: that tells the seconds.
+
+    Raises:
+        SamplingError: the bundle has no study.
+    """
+    manifest = runner.manifest
+    rows = study_of(manifest).rows
+    plans = {row.name: forecast(manifest, row, batch=batch, clock=clock) for row in rows}
+    needed = [(shape, plan.logits) for plan in plans.values() for shape in plan.shapes]
+    costs = measure(runner, needed, batch=batch, repeats=repeats, seconds=seconds, clock=clock)
+    ms = {name: predicted_ms(costs, plan) for name, plan in plans.items()}
+    known = sorted((r for r in rows if not r.sampling.entropy_bound), key=lambda r: ms[r.name])
+    for row in known[len(known) // 2 :][:1]:
+        sampling = {row.name: row.sampling}
+        times = time_samplings(
+            runner, sampling, batch=batch, repeats=repeats, seconds=seconds, clock=clock
+        )
+        ms = calibrated(ms, plans, row.name, float(np.median(times[row.name])))
+    found = [Estimate(row, ms[row.name], not row.sampling.entropy_bound) for row in rows]
+    found.sort(key=lambda estimate: estimate.ms)
+    front = tuple(row.name for row in pareto(rows, lambda row: ms[row.name]))
+    return Tuning(tuple(found), front, costs.noise)
+
+
+def calibrated(
+    ms: Mapping[str, float], plans: Mapping[str, Forecast], name: str, measured: float
+) -> dict[str, float]:
+    """Return predictions corrected by a row of which whole samples were measured.
+
+    Between passes the caches of the CPU go to other work and threads fall asleep, which passes
+    that are run for nothing but their time do not show. What is missing is laid on each pass alike.
+    """
+    missing = (measured - ms[name]) / plans[name].passes
+    if missing < 0:  # all took less than foreseen: what is laid on passes must not become negative
+        return {row: time * measured / ms[name] for row, time in ms.items()}
+    return {row: time + missing * plans[row].passes for row, time in ms.items()}
+
+
+def pick(tuning: Tuning, *, budget_ms: float = 0.0, quality: str = "") -> Estimate:
+    """Return the row with the best quality within a budget, or one of the study's three choices.
+
+    Args:
+        tuning: the rows on this device.
+        budget_ms: of a sample, decoder included; 0 to go by ``quality``.
+        quality: ``best``, ``balanced`` or ``fast``, as ``study.chosen`` has them.
+
+    Raises:
+        SamplingError: nothing fits the budget, or an unknown name.
+    """
+    if budget_ms:
+        return _within(tuning.estimates, budget_ms)
+    check_quality(quality)
+    name = chosen([estimate.row for estimate in tuning.estimates], tuning.ms)[quality].name
+    return next(estimate for estimate in tuning.estimates if estimate.row.name == name)
+
+
+def _within(estimates: Sequence[Estimate], budget_ms: float) -> Estimate:
+    fitting = [estimate for estimate in estimates if estimate.ms <= budget_ms]
+    if not fitting:
+        cheapest = estimates[0]
+        raise SamplingError(
+            f"no sampler of the study fits {budget_ms:g} ms a sample here: the fastest, "
+            f"{cheapest.row.name!r}, takes {cheapest.ms:.1f} ms; pass --budget "
+            f"{math.ceil(cheapest.ms)}ms or more"
+        )
+    return min(fitting, key=lambda estimate: (estimate.row.quality, estimate.ms))
