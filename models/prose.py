@@ -147,10 +147,11 @@ def docstrings() -> Iterator[Document]:
         parts = path.relative_to(root).parts
         if any(part in ("site-packages", "test", "tests", "idlelib") for part in parts):
             continue
-        yield _document("/".join(parts), "\n\n".join(_docstrings_of(path)))
+        yield _document("/".join(parts), "\n\n".join(docstrings_of(path)))
 
 
-def _docstrings_of(path: Path) -> Iterator[str]:
+def docstrings_of(path: Path) -> Iterator[str]:
+    """Yield the docstrings of a module, of its classes and functions; empty where there is none."""
     try:
         tree = ast.parse(path.read_bytes())
     except SyntaxError:  # some files of lib2to3 are meant to be wrong
