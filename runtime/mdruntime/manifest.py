@@ -185,7 +185,7 @@ class Manifest:
     files: dict[str, FileSpec]
     verification: VerificationRecord
     toolchain: dict[str, str]
-    study: Study | None = None  # quality under different samplers, where it was measured
+    study: Study | None  # quality under different samplers, where it was measured
     digest: str = field(default="")
 
     def __post_init__(self) -> None:

@@ -97,6 +97,7 @@ def text_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         files={},
         verification=VerificationRecord("none", {}, {"log_prob": 0.0}),
         toolchain={},
+        study=None,
     )
     folder = tmp_path / "letters"
     folder.mkdir()

@@ -164,6 +164,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[TextPipelin
             files={},
             verification=VerificationRecord("none", {}, {}),
             toolchain={},
+            study=None,
         )
         script = Script(wanted, codebook)
         session = FunctionSession(script)

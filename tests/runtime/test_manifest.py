@@ -27,11 +27,12 @@ from mdruntime.manifest import (
     parse,
 )
 from mdruntime.sampling import Sampling
+from mdruntime.study import Study, StudyRow
 
 Data = dict[str, Any]
 
 TINY = Manifest(
-    format=2,
+    format=3,
     name="tiny",
     family="maskgit",
     task="class to image",
@@ -60,11 +61,16 @@ TINY = Manifest(
     },
     verification=VerificationRecord("PyTorch", {"log_prob": 0.05}, {"log_prob": 1e-05}),
     toolchain={"mdexport": "0.1.0"},
+    study=Study(
+        "frechet",
+        {"é.pth": "0" * 64},
+        (StudyRow("moment 8", Sampling(), 2, 1.5, 2.5, {"accuracy": 0.9}, 8, 16, 620, 5),),
+    ),
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "manifest.json"
-GOLDEN_DIGEST = "633133d513146b1a9ba656384ab354e77942faa9d0c056e31610a95ba30c1a97"
-GOLDEN_FILE = "bd7e88edbc4efa1426c841a7f491fd30cb987cff67fea9e2adbb42c79180d0eb"
+GOLDEN_DIGEST = "cf0bba681f2b075a2eb80c3cd1f51fbb89a8bc45e7dec205d39257bd4301bb68"
+GOLDEN_FILE = "0ad4d15901540e9d35d541a00855a59f3a278bbb5a82df1e01a9e9817bc8d8d1"
 
 
 def rejection(raw: bytes) -> str:
@@ -193,7 +199,7 @@ def test_json_without_a_format_is_refused(raw: bytes) -> None:
 @pytest.mark.parametrize("number", [0, 1, 99, -1])
 def test_a_manifest_of_another_format_says_which_and_what_to_do(number: int) -> None:
     message = rejection(signed({**tiny(), "format": number}))
-    assert f"has format {number}, this mdruntime reads format 2" in message
+    assert f"has format {number}, this mdruntime reads format 3" in message
     assert "install the mdruntime that belongs to the exporter" in message
 
 
