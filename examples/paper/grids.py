@@ -67,7 +67,7 @@ IMAGES = Scale(
     extremes=(1, 2, 32),
     bounds=(4.0, 8.0),
     guidances=(0.0, 1.0),
-    samples=372,
+    samples=620,
     batch=62,
 )
 TEXTS = Scale(
@@ -90,11 +90,17 @@ def scale_of(manifest: Manifest) -> Scale:
 
 
 def tuning(scale: Scale) -> Samplings:
-    """Return MaskGIT under each guidance: the baseline decides which one all samplers get."""
+    """Return MaskGIT under each guidance: the baseline decides which one all samplers get.
+
+    Guidance doubles the rows of a pass, so that it has half of the rounds.
+    """
     if len(scale.guidances) == 1:
         return []
     base = scale.base.but(order="maskgit", rounds=scale.middle)
-    return [base.but(guidance=guidance) for guidance in scale.guidances]
+    return [
+        base.but(guidance=guidance, rounds=scale.middle // 2 if guidance else scale.middle)
+        for guidance in scale.guidances
+    ]
 
 
 def rounds(scale: Scale, base: Sampling) -> Samplings:
