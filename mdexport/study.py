@@ -19,7 +19,7 @@ from mdruntime.passes import PassShape, cost
 from mdruntime.pipeline import Pipeline
 from mdruntime.sampling import Sampling
 from mdruntime.schedule import ANCESTRAL
-from mdruntime.study import Study, chosen
+from mdruntime.study import Study, presets_of
 from mdruntime.text import TextPipeline
 
 __all__ = ["Judge", "Progress", "Store", "load_judge", "measure", "sign"]
@@ -164,9 +164,7 @@ def sign(bundle: Bundle, study: Study, *, presets: bool = True) -> Manifest:
         raise BundleError(
             f"{path} changed during the study; run the command again, which measures nothing twice"
         )
-    decided = {name: row.sampling for name, row in chosen(study.rows).items()} if presets else {}
-    if presets:
-        decided["default"] = decided["balanced"]
+    decided = presets_of(study) if presets else {}
     raw = dump(replace(manifest, study=study, presets={**manifest.presets, **decided}))
     replace_file(path, raw)
     return parse(raw)

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 import train_glyph_tokenizer as tokenizer
+import training
 from glyphs import CHARACTERS, dataset
 from mdzoo import vqgan
 from mdzoo.maskgit import MaskGIT, MaskGITConfig, initialise, to_published
@@ -97,9 +98,7 @@ def hide(tokens: Tensor, mask: int, generator: torch.Generator) -> tuple[Tensor,
     shape, device = tokens.shape, tokens.device
     ratio = torch.cos(torch.rand(shape[0], 1, generator=generator, device=device) * math.pi / 2)
     count = (ratio * shape[1]).ceil().clamp(min=1)
-    rank = torch.rand(shape, generator=generator, device=device).argsort(1).argsort(1)
-    hidden = rank < count
-    return tokens.masked_fill(hidden, mask), hidden
+    return training.hide(tokens, count, mask, generator)
 
 
 def loss_of(model: MaskGIT, some: Split, generator: torch.Generator) -> Tensor:
@@ -167,13 +166,6 @@ def train(
     return run.average
 
 
-def write(path: Path, state: Mapping[str, Tensor], seed: int) -> None:
-    """Write float16 weights under their published names."""
-    half = {key: tensor.half().cpu().contiguous() for key, tensor in state.items()}
-    save_file(half, path, metadata={"model": path.stem, "seed": str(seed)})
-    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)", flush=True)
-
-
 def stages(setting: Setting, options: argparse.Namespace, device: torch.device) -> None:
     """Run both stages and write their weights."""
     images, labels, test_images, test_labels = (
@@ -195,7 +187,7 @@ def stages(setting: Setting, options: argparse.Namespace, device: torch.device) 
         checkpoint=options.work / "tokenizer.pt",
     )
     path = options.output / "glyphs-tokenizer.safetensors"
-    write(path, codec.state_dict(), options.seed)
+    training.write(path, codec.state_dict(), seed=str(options.seed))
     codec = shipped(path).to(device)
     data, test = (
         Split(tokenizer.encode(codec, seen).to(device), of)
@@ -209,7 +201,8 @@ def stages(setting: Setting, options: argparse.Namespace, device: torch.device) 
         seed=options.seed,
         checkpoint=options.work / "denoiser.pt",
     )
-    write(options.output / "glyphs.safetensors", to_published(denoiser.state_dict()), options.seed)
+    path = options.output / "glyphs.safetensors"
+    training.write(path, to_published(denoiser.state_dict()), seed=str(options.seed))
 
 
 def _some(count: int, wanted: int) -> Tensor:

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 
 import prose
+import training
 from mdzoo.mdlm import MDLM, MDLMConfig, initialise, to_published
 from training import Every, Run
 
@@ -128,9 +128,7 @@ def hide(
     start = torch.rand(1, generator=generator, device=device)
     share = (start + torch.arange(batch, device=device) / batch) % 1 * largest
     count = 1 + (share * length).long().clamp(max=length - 1)
-    rank = torch.rand(tokens.shape, generator=generator, device=device).argsort(1).argsort(1)
-    hidden = rank < count[:, None]
-    return tokens.masked_fill(hidden, mask), hidden
+    return training.hide(tokens, count[:, None], mask, generator)
 
 
 def bound(model: MDLM, tokens: Tensor, generator: torch.Generator, largest: float = 1.0) -> Tensor:
@@ -230,13 +228,6 @@ def train(
     return run.average
 
 
-def write(path: Path, state: Mapping[str, Tensor], seed: int, digest: str) -> None:
-    """Write float16 weights under their published names."""
-    half = {key: tensor.half().cpu().contiguous() for key, tensor in state.items()}
-    save_file(half, path, metadata={"model": path.stem, "seed": str(seed), "corpus": digest})
-    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)", flush=True)
-
-
 def main() -> None:
     """Train with the settings of the command line."""
     parser = argparse.ArgumentParser(
@@ -276,7 +267,8 @@ def main() -> None:
         checkpoint=options.work / "denoiser.pt",
     )
     state = to_published(denoiser.cpu().state_dict())
-    write(options.output / "prose.safetensors", state, options.seed, prose.digest(train_on))
+    path = options.output / "prose.safetensors"
+    training.write(path, state, seed=str(options.seed), corpus=prose.digest(train_on))
 
 
 def _moved(corpus: Corpus, device: torch.device) -> Corpus:

@@ -2,11 +2,14 @@
 
 import copy
 import math
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 WARM_UP = 100  # steps
@@ -105,6 +108,33 @@ class Run(Generic[Model]):
 
 
 _PARTS = ("model", "average", "optimiser")
+
+
+def hide(
+    tokens: Tensor, count: Tensor, mask: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Hide ``count`` (batch, 1) random tokens of each sample.
+
+    Args:
+        tokens: int64 (batch, length).
+        count: how many to hide, (batch, 1).
+        mask: the token to put in place of the hidden ones.
+        generator: on the device of the tokens.
+
+    Returns:
+        The masked tokens and where they are hidden, both (batch, length).
+    """
+    draws = torch.rand(tokens.shape, generator=generator, device=tokens.device)
+    hidden = draws.argsort(1).argsort(1) < count
+    return tokens.masked_fill(hidden, mask), hidden
+
+
+def write(path: Path, state: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write float16 weights under their published names."""
+    half = {key: tensor.half().cpu().contiguous() for key, tensor in state.items()}
+    save_file(half, path, metadata={"model": path.stem, **metadata})
+    sys.stdout.write(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)\n")
+    sys.stdout.flush()
 
 
 class Every:

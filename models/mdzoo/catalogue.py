@@ -73,7 +73,7 @@ def _glyphs() -> Entry:
         ),
         files={},
         licence="Apache-2.0; data: drawn with free fonts, see models/README.md",
-        presets=presets.glyphs(),
+        presets=presets.digits(),
         images=Images(vqgan.load, _fixed(vqgan.VQGAN, sizes)),
         shipped="glyphs.safetensors",
         shipped_tokenizer="glyphs-tokenizer.safetensors",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mdruntime.manifest import ImageSpec, TextSpec, WeightsSpec
+from mdruntime.study import presets_of
 from mdruntime.tokenizer import BYTES, IDS
 from mdzoo import amused_direct, checkpoint, folder
 from mdzoo.amused_direct import DirectAmused
@@ -18,7 +19,7 @@ from mdzoo.decoder import Tokens
 from mdzoo.entry import Entry, Images, Model, Sources
 from mdzoo.family import ZooDenoiser
 from mdzoo.palette import Palette, PaletteTokens
-from mdzoo.shipped import packaged, presets_of, shipped_study
+from mdzoo.shipped import packaged, shipped_study
 from mdzoo.texts import prompt_files, text_files
 
 __all__ = ["load", "load_denoiser", "load_direct", "unused_tensors"]
@@ -71,7 +72,7 @@ def load(entry: Entry, sources: Sources) -> Model:
         prompt=prompt,
         files=extra,
         weights=_weights(entry, sources, denoiser),
-        presets={**entry.presets, **presets_of(study)},
+        presets={**entry.presets, **(presets_of(study) if study else {})},
         study=study,
     )
 

@@ -35,7 +35,6 @@ from mdruntime.schedule import ANCESTRAL
 __all__ = [
     "amused",
     "digits",
-    "glyphs",
     "halton",
     "mage",
     "maskbit",
@@ -77,13 +76,7 @@ def _two_steps(published: Sampling, fast: int, balanced: int, best: int) -> Pres
 
 
 def digits() -> Presets:
-    """Return the presets of the digits, which were trained for this project."""
-    published = Sampling(rounds=8, order="maskgit", guidance=1.0)
-    return _two_steps(published, 4, 8, 16)
-
-
-def glyphs() -> Presets:
-    """Return presets of the glyphs for weights of one's own; the shipped ones have a study."""
+    """Return the presets of the digits and glyphs, which were trained for this project."""
     published = Sampling(rounds=8, order="maskgit", guidance=1.0)
     return _two_steps(published, 4, 8, 16)
 

@@ -5,10 +5,9 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from mdruntime.records import from_json
-from mdruntime.sampling import Sampling
-from mdruntime.study import Study, chosen
+from mdruntime.study import Study
 
-__all__ = ["packaged", "presets_of", "shipped_study"]
+__all__ = ["packaged", "shipped_study"]
 
 
 def packaged(name: str) -> Path:
@@ -26,12 +25,3 @@ def shipped_study(name: str) -> Study | None:
     if not path.is_file():
         return None
     return from_json(Study, json.loads(path.read_text(encoding="utf-8")), path.name)
-
-
-def presets_of(study: Study | None) -> dict[str, Sampling]:
-    """Return the presets that a quality table decides: ``default`` is ``balanced``."""
-    if study is None:
-        return {}
-    rows = chosen(study.rows)
-    presets = {name: row.sampling for name, row in rows.items()}
-    return {"default": presets["balanced"], **presets}

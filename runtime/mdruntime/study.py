@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mdruntime.sampling import Sampling
 
-__all__ = ["Study", "StudyRow", "chosen", "pareto", "ties"]
+__all__ = ["Study", "StudyRow", "chosen", "pareto", "presets_of", "ties"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +71,9 @@ def chosen(rows: Sequence[StudyRow], cost: Cost = _cost) -> dict[str, StudyRow]:
     cheap = [row for row in rows if cost(row) <= cost(balanced) / 2]
     fast = min(cheap, key=lambda row: row.quality) if cheap else min(rows, key=cost)
     return {"fast": fast, "balanced": balanced, "best": best}
+
+
+def presets_of(study: Study) -> dict[str, Sampling]:
+    """Return the presets that a quality table decides: ``default`` is ``balanced``."""
+    presets = {name: row.sampling for name, row in chosen(study.rows).items()}
+    return {"default": presets["balanced"], **presets}

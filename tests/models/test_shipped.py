@@ -18,8 +18,7 @@ import train_glyph_tokenizer as tokenizer
 import train_glyphs
 import train_prose
 from mdruntime.sampling import Sampling
-from mdruntime.study import Study, StudyRow, chosen
-from mdzoo import shipped
+from mdruntime.study import Study, StudyRow, chosen, presets_of
 from mdzoo.checkpoint import CheckpointError, hashes
 from mdzoo.maskgit import MaskGIT
 from mdzoo.mdlm import MDLM
@@ -93,14 +92,14 @@ def row(name: str, rounds: int, quality: float, cost: float) -> StudyRow:
 
 def test_a_study_decides_the_presets() -> None:
     rows = (row("a", 1, 3.0, 1.0), row("b", 4, 1.05, 4.0), row("c", 8, 1.0, 8.0))
-    presets = shipped.presets_of(Study("frechet", {}, rows))
+    presets = presets_of(Study("frechet", {}, rows))
     assert {name: sampling.rounds for name, sampling in presets.items()} == {
         "default": 4,
         "fast": 1,
         "balanced": 4,
         "best": 8,
     }
-    assert shipped.presets_of(None) == {}
+    assert load("glyphs", random_seed=0).presets == mdzoo.CATALOGUE["glyphs"].presets
 
 
 @pytest.mark.parametrize("name", ["digits", "glyphs", "prose"])
