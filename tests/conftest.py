@@ -1,11 +1,21 @@
-"""The bundle that most tests share, built once, and the versions in pytest's header."""
+"""The bundle that most tests share, the versions in pytest's header, and a core for each worker."""
 
+import os
 import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give every worker of pytest-xdist a core of its own: threads that share one only wait."""
+    worker = getattr(config, "workerinput", None)
+    if worker is not None:
+        cores = sorted(os.sched_getaffinity(0))
+        mine = int(worker["workerid"].removeprefix("gw")) % len(cores)
+        os.sched_setaffinity(0, {cores[mine]})
 
 
 def pytest_report_header() -> str:

@@ -14,4 +14,4 @@ echo "== mypy"
 mypy
 mypy --python-version 3.10 runtime/mdruntime
 echo "== pytest"
-python -m pytest "$@"
+python -m pytest -n auto --dist loadfile "$@"
