@@ -94,15 +94,19 @@ class Lab:
             self._judges[model] = load_judge(spec)
         return self._judges[model]
 
+    def samples(self, model: str) -> int:
+        """Return how many samples of a model every seed makes."""
+        scale = self.scale(model)
+        if self.short and not self.options.samples:
+            return SHORT_SAMPLES[scale.schedule == "cosine"]
+        return self.options.samples or scale.samples
+
     def run(self, model: str, samplings: Iterable[Sampling]) -> Rows:
         """Return the quality of samplers; only what was never measured is run.
 
         Results are kept in ``results/MODEL.json``, which all scripts share.
         """
-        scale, judge = self.scale(model), self.judge(model)
-        samples = self.options.samples or scale.samples
-        if self.short and not self.options.samples:
-            samples = SHORT_SAMPLES[scale.schedule == "cosine"]
+        scale, judge, samples = self.scale(model), self.judge(model), self.samples(model)
         wanted = list(dict.fromkeys(samplings))
         plans = {label(sampling): sampling for sampling in wanted}
         with self.open(model) as pipeline:

@@ -15,3 +15,5 @@ for script in one_round rounds orders caching hybrid headline; do
   echo "== $script"
   python "examples/paper/$script.py" "$@"
 done
+echo "== ship"
+python examples/paper/ship.py "$@"

@@ -1,5 +1,6 @@
 """The scripts on the paper's claims: their numbers against outside oracles, and their verdicts."""
 
+import json
 import re
 import runpy
 import sys
@@ -18,7 +19,8 @@ from scipy import stats
 import mdexport
 import mdruntime
 from mdruntime import Sampling
-from mdruntime.study import StudyRow
+from mdruntime.records import from_json
+from mdruntime.study import Study, StudyRow, presets_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "paper"))
 import caching
@@ -29,6 +31,7 @@ import lab
 import one_round
 import orders
 import rounds
+import ship
 from page import Verdict, beats, coincide
 from probe import trajectory
 from race import Race, bound, variation
@@ -100,6 +103,8 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         options = ["--short", "--models", model, "--samples", str(samples), "--threads", "1"]
         options += ["--bundles", str(place / "bundles"), "--results", str(place / "results")]
         options += ["--judge", f"{place / 'judge.py'}:letters", *more]
+        if name == "ship":
+            return ship.main(options)
         return lab.main(SCRIPTS[name], "doc", options)
 
     return start
@@ -211,6 +216,21 @@ def test_nothing_is_measured_twice(run: Run, place: Path, capsys: Capture) -> No
     assert run("rounds") == 0
     assert "seed 0" not in capsys.readouterr().out
     assert (place / "results" / "digits.json").read_bytes() == store
+
+
+def test_the_table_that_is_shipped_has_all_samplers_and_decides_the_presets(
+    run: Run, place: Path, capsys: Capture
+) -> None:
+    assert run("ship") == 0
+    path = place / "results" / "digits.study.json"
+    study = from_json(Study, json.loads(path.read_text()), path.name)
+    names = {grids.label(each.sampling): each.name for each in study.rows}
+    assert all(label == name for label, name in names.items())
+    assert {each.sampling.order for each in study.rows} >= {"maskgit", "moment", "hybrid", "halton"}
+    assert set(study.weights) == {"digits.safetensors"}
+    presets = presets_of(study)
+    assert f"best: {grids.label(presets['best'])}" in capsys.readouterr().out
+    assert run("ship", "--judge", "nowhere.py:judge") != 0
 
 
 def test_what_belongs_to_other_options_is_refused(run: Run, capsys: Capture) -> None:
