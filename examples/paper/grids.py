@@ -72,7 +72,7 @@ IMAGES = Scale(
 )
 TEXTS = Scale(
     schedule="linear",
-    alphas=(4.5, 12.0, 40.0),  # a stronger temperature soon repeats itself in text
+    alphas=(2.0, 4.5, 12.0),
     few=8,
     middle=16,
     many=32,
@@ -162,7 +162,7 @@ def known(scale: Scale, base: Sampling) -> Samplings:
     """Return orders that are known beforehand, by rounds that share a full pass."""
     spread = base.but(order="halton", rounds=scale.many, refresh="recent")
     plans = [spread.but(refresh_interval=shared) for shared in (2, 4, 8)]
-    plans += [plan.but(tokens="tempered") for plan in plans[:2]]
+    plans += [plan.but(tokens="tempered") for plan in plans]
     ancestral = [plan.but(refresh="recent") for plan in _ancestral(scale, base)[-1:]]
     return plans + [plan.but(refresh_interval=shared) for plan in ancestral for shared in (2, 4)]
 
