@@ -72,7 +72,7 @@ IMAGES = Scale(
 )
 TEXTS = Scale(
     schedule="linear",
-    alphas=(2.0, 4.5, 12.0),
+    alphas=(1.0, 2.0, 4.5),
     few=8,
     middle=16,
     many=32,
