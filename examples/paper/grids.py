@@ -163,6 +163,7 @@ def known(scale: Scale, base: Sampling) -> Samplings:
     spread = base.but(order="halton", rounds=scale.many, refresh="recent")
     plans = [spread.but(refresh_interval=shared) for shared in (2, 4, 8)]
     plans += [plan.but(tokens="tempered") for plan in plans]
+    plans += [plan.but(rounds=max(scale.extremes)) for plan in plans[-2:]]
     ancestral = [plan.but(refresh="recent") for plan in _ancestral(scale, base)[-1:]]
     return plans + [plan.but(refresh_interval=shared) for plan in ancestral for shared in (2, 4)]
 

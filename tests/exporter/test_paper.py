@@ -113,7 +113,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_all_samplers_have_names_of_their_own_and_there_are_few_of_them() -> None:
     for scale in (grids.IMAGES, grids.TEXTS):
         plans = list(dict.fromkeys([*grids.tuning(scale), *grids.grid_of(scale, scale.base)]))
-        assert len({grids.label(plan) for plan in plans}) == len(plans) <= 58
+        assert len({grids.label(plan) for plan in plans}) == len(plans) <= 60
 
 
 def in_turn(weights: NDArray[np.float64], chosen: tuple[int, ...]) -> float:
