@@ -4,41 +4,47 @@ Everything is written to ``<folder>.partial``, verified there, and renamed: a fo
 name is complete and verified, whatever happens in between.
 """
 
-import platform
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx_ir as ir
+from numpy.typing import NDArray
 
-import mdruntime
-from mdexport import spelling
+from mdexport.describe import describe
 from mdexport.folder import prepare, publish, require_space
+from mdexport.graphs import Writer
+from mdexport.int8 import INT8, write_int8
 from mdexport.model import Model
-from mdexport.precision import LIMITS, cast, dtype_of, float32_operators
-from mdexport.reference import conditioned, record, write_images
+from mdexport.precision import LOW, cast, dtype_of, of_images
+from mdexport.reference import conditioned, record, trajectories, write_images
+from mdexport.replay import Arrays, conditioned_passes
 from mdexport.report import summary, write_report
+from mdexport.spelling import TENSORRT_OPSET
 from mdexport.trace import (
     OPSET,
     cache_names,
-    tensor_specs,
     trace_condition,
     trace_decoder,
     trace_denoiser,
     trace_encoder,
 )
+from mdexport.verification import verified, wanted
 from mdruntime.bundle import MANIFEST, file_spec, open_bundle
-from mdruntime.errors import VerificationError
-from mdruntime.manifest import FORMAT, GraphSpec, Manifest, VerificationRecord, dump
-from mdruntime.verify import DENOISER_VECTORS, Verification, verify, write_passes
+from mdruntime.denoiser import CONDITION
+from mdruntime.manifest import GraphSpec, VerificationRecord, dump
+from mdruntime.verify import (
+    CONDITIONED,
+    DECODER_VECTORS,
+    DENOISER_VECTORS,
+    ENCODER_VECTORS,
+    write_passes,
+)
 
 __all__ = ["Options", "Progress", "build"]
-
-_SMALLEST_BUCKET = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +52,8 @@ class Options:
     """How a model is exported."""
 
     precision: str = "fp32"
+    int8: bool = False
+    """Add a spelling of the denoiser for TensorRT with the products of its blocks in int8."""
     logits: bool = False
     """Let the TensorRT spelling return logits too; ONNX Runtime computes them only when asked."""
     encoder: bool = True
@@ -72,9 +80,10 @@ class _Work:
         self.model = model
         self.folder = folder
         self.options = options
+        self.writer = Writer(folder, model.name, logits=options.logits)
         self.graphs: dict[str, GraphSpec] = {}
+        self.passes: list[dict[str, NDArray[Any]]] = []
         self.tokens = np.zeros((0, 0), np.int32)
-        self.result = Verification({}, {}, 0)
 
     @property
     def _encodes(self) -> bool:
@@ -84,8 +93,8 @@ class _Work:
         """Record the PyTorch model's answers along whole trajectories."""
         model = self.model
         (self.folder / "verify").mkdir()
-        passes, self.tokens = record(model.denoiser, model.prompt)
-        write_passes(self.folder / DENOISER_VECTORS, passes)
+        self.passes, self.tokens = record(model.denoiser, model.prompt)
+        write_passes(self.folder / DENOISER_VECTORS, self.passes)
         for name, content in model.files.items():
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,59 +102,85 @@ class _Work:
         if model.decoder is not None:
             encoder = model.encoder if self._encodes else None
             write_images(self.folder, self.tokens, model.decoder, encoder)
-        return f"{len(passes)} passes of the PyTorch model, 2 samples"
+        return f"{len(self.passes)} passes of the PyTorch model, 2 samples"
+
+    def _conditioned(self) -> Iterator[Arrays]:
+        return conditioned_passes(self.model.denoiser, self.passes)
 
     def denoiser(self) -> str:
-        """Trace the denoiser and write both of its spellings around one weight file."""
-        half = cast(self.model.denoiser, self.options.precision)
-        graph = trace_denoiser(half, self.model.prompt)
-        spelling.keep_softmax_in_float32(graph)
-        path = self.folder / "denoiser.onnx"
-        self.graphs["denoiser"] = replace(
-            self._described(graph, path),
-            spellings={"tensorrt": "denoiser.tensorrt.onnx"},
-            caches=cache_names(self.model.denoiser),
+        """Trace the denoiser and write its spellings around one weight file."""
+        precision = self.options.precision
+        graph = trace_denoiser(cast(self.model.denoiser, precision), self.model.prompt)
+        caches = cache_names(self.model.denoiser)
+        self.graphs["denoiser"] = self.writer.write(
+            "denoiser", graph, precision, self._conditioned, caches=caches
         )
-        _save(graph, path, "denoiser.weights")
-        self._spell(path)
-        return f"opset {OPSET} and {spelling.TENSORRT_OPSET}, {_size(self.folder, 'denoiser')}"
+        return self._told("denoiser")
 
-    def _spell(self, path: Path) -> None:
-        graph = ir.load(path)  # its weights are references into the weight file
-        spelling.spell_attention_out(graph)
-        if not self.options.logits:
-            spelling.drop_output(graph, "logits")
-        ir.save(graph, self.folder / self.graphs["denoiser"].spellings["tensorrt"])
+    def int8(self) -> str:
+        """Write the denoiser in int8, calibrated on trajectories of their own."""
+        model, spec = self.model, self.graphs["denoiser"]
+        recorded = trajectories(model.denoiser, model.prompt)
+        way = write_int8(
+            self.folder,
+            spec,
+            LOW.get(self.options.precision),
+            lambda: conditioned_passes(model.denoiser, recorded),
+            self._conditioned,
+        )
+        spellings = {**spec.spellings, INT8: f"denoiser.{INT8}.onnx"}
+        self.graphs["denoiser"] = replace(spec, spellings=spellings)
+        size = _size(self.folder, f"denoiser.{INT8}")
+        return f"calibrated on {len(recorded)} passes by {way}, {size}"
 
     def condition(self) -> str:
         """Trace what the denoiser computes once for a trajectory."""
-        half = cast(self.model.denoiser, self.options.precision)
-        return self._write("condition", trace_condition(half, self.model.prompt))
+        precision = self.options.precision
+        graph = trace_condition(cast(self.model.denoiser, precision), self.model.prompt)
+        name = str(graph.graph.inputs[0].name)
+        inputs = {one[CONDITIONED].tobytes(): {name: one[CONDITIONED]} for one in self.passes}
+        wanted = [
+            tensor.name.removeprefix(CONDITION)
+            for tensor in self.graphs["denoiser"].inputs
+            if tensor.name.startswith(CONDITION) and tensor.dtype == "float32"
+        ]
+        self.graphs["condition"] = self.writer.write(
+            "condition", graph, precision, inputs.values, float32=wanted
+        )
+        return self._told("condition")
 
     def decoder(self) -> str:
         """Trace the decoder."""
         assert self.model.decoder is not None
-        half = cast(self.model.decoder, self.options.precision)
-        return self._write("decoder", trace_decoder(half, self.model.denoiser.spec.length))
+        precision = of_images(self.options.precision)
+        graph = trace_decoder(cast(self.model.decoder, precision), self.model.denoiser.spec.length)
+        self.graphs["decoder"] = self.writer.write(
+            "decoder", graph, precision, lambda: [_arrays(self.folder / DECODER_VECTORS)]
+        )
+        return self._told("decoder")
 
     def encoder(self) -> str:
         """Trace the encoder."""
         assert self.model.encoder is not None
         assert self.model.image is not None
-        half = cast(self.model.encoder, self.options.precision)
-        return self._write("encoder", trace_encoder(half, self.model.image))
+        precision = of_images(self.options.precision)
+        graph = trace_encoder(cast(self.model.encoder, precision), self.model.image)
+        self.graphs["encoder"] = self.writer.write(
+            "encoder", graph, precision, lambda: [_arrays(self.folder / ENCODER_VECTORS)]
+        )
+        return self._told("encoder")
 
-    def _write(self, name: str, graph: ir.Model) -> str:
-        spelling.keep_softmax_in_float32(graph)
-        path = self.folder / f"{name}.onnx"
-        self.graphs[name] = self._described(graph, path)
-        _save(graph, path, f"{name}.weights")
-        return f"opset {OPSET}, {_size(self.folder, name)}"
+    def _told(self, name: str) -> str:
+        text = f"opset {OPSET} and {TENSORRT_OPSET}, {_size(self.folder, name)}"
+        islands = len(self.graphs[name].float32_islands)
+        return text + (f", {islands} modules stay in float32 for their range" if islands else "")
 
     def steps(self) -> Iterator[tuple[str, Callable[[], str]]]:
         """Yield the steps of the build by name."""
         yield "reference", self.reference
         yield "denoiser", self.denoiser
+        if self.options.int8:
+            yield "int8", self.int8
         if conditioned(self.model.denoiser, self.model.prompt):
             yield "condition", self.condition
         if self.model.decoder is not None:
@@ -154,73 +189,21 @@ class _Work:
             yield "encoder", self.encoder
         yield "verify", self.verified
 
-    def _described(self, graph: ir.Model, path: Path) -> GraphSpec:
-        """Sign a graph and return what the manifest says of it."""
-        graph.producer_name, graph.producer_version = "mdexport", mdruntime.__version__
-        graph.metadata_props["mdexport.model"] = self.model.name
-        graph.metadata_props["mdexport.precision"] = self.options.precision
-        lower = self.options.precision != "fp32"
-        return GraphSpec(
-            file=path.name,
-            opset=OPSET,
-            spellings={},
-            inputs=tensor_specs(graph.graph.inputs),
-            outputs=tensor_specs(graph.graph.outputs),
-            caches=(),
-            float32_operators=float32_operators(graph) if lower else (),
-        )
-
     def verified(self) -> str:
-        """Replay the reference in ONNX Runtime, in both spellings."""
-        self._write_manifest({})
-        bundle = open_bundle(self.folder, check=False)
-        self.result = verify(bundle)
-        spelled = verify(bundle, spelling="tensorrt")
-        failures = [*self.result.failures]
-        failures += [f"TensorRT spelling: {failure}" for failure in spelled.failures]
-        if failures:
-            raise VerificationError(
-                f"verification failed: {'; '.join(failures)}; nothing was written. "
-                "The reference is the PyTorch model in float32"
-            )
-        measured = self.result.measured
-        self._write_manifest(measured)
-        return summary(measured)
+        """Replay the reference in ONNX Runtime, in all spellings."""
+        self._write_manifest(wanted(self.options.precision, int8=self.options.int8))
+        found = verified(open_bundle(self.folder, check=False))
+        self._write_manifest(found)
+        return summary(found.measured)
 
-    def _write_manifest(self, measured: dict[str, float]) -> None:
-        manifest = self._manifest(measured)
-        if measured:
-            write_report(self.folder, manifest)
-            report = file_spec(self.folder / "report.md")
+    def _write_manifest(self, verification: VerificationRecord) -> None:
+        model, folder = self.model, self.folder
+        manifest = describe(model, folder, self.options.precision, self.graphs, verification)
+        if verification.measured:
+            write_report(folder, manifest)
+            report = file_spec(folder / "report.md")
             manifest = replace(manifest, files={**manifest.files, "report.md": report})
-        (self.folder / MANIFEST).write_bytes(dump(manifest))
-
-    def _manifest(self, measured: dict[str, float]) -> Manifest:
-        model, spec = self.model, self.model.denoiser.spec
-        files = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-        return Manifest(
-            format=FORMAT,
-            name=model.name,
-            family=model.family,
-            task=model.task,
-            precision=self.options.precision,
-            weights=model.weights,
-            denoiser=spec,
-            image=model.image,
-            text=model.text,
-            prompt=model.prompt,
-            graphs=self.graphs,
-            buckets=_buckets(spec.canvas),
-            presets=dict(model.presets),
-            files={p.relative_to(self.folder).as_posix(): file_spec(p) for p in files},
-            verification=VerificationRecord(
-                reference="PyTorch float32, teacher forced",
-                limits=_limits(self.options.precision, measured),
-                measured=measured,
-            ),
-            toolchain=_toolchain(),
-            study=model.study,
-        )
+        (folder / MANIFEST).write_bytes(dump(manifest))
 
 
 def build(model: Model, folder: Path, options: Options) -> Generator[Progress]:
@@ -238,7 +221,7 @@ def build(model: Model, folder: Path, options: Options) -> Generator[Progress]:
     """
     partial = prepare(folder, force=options.force)
     try:
-        require_space(partial, _bytes(model, options.precision))
+        require_space(partial, _bytes(model, options))
         work = _Work(model, partial, options)
         steps = list(work.steps())
         for number, (name, step) in enumerate(steps, start=1):
@@ -251,34 +234,12 @@ def build(model: Model, folder: Path, options: Options) -> Generator[Progress]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _limits(precision: str, measured: Mapping[str, float]) -> dict[str, float]:
-    """Return the limits of what was measured, or of all that could be."""
-    limits = LIMITS[precision]
-    return {name: limits[name] for name in limits if name in measured or not measured}
-
-
-def _bytes(model: Model, precision: str) -> int:
-    """Return the size of a model's weights in that precision."""
+def _bytes(model: Model, options: Options) -> int:
+    """Return the size of a model's weights, in all precisions that are asked for."""
     images = [part for part in (model.decoder, model.encoder) if part is not None]
     others = sum(tensor.numel() for part in images for tensor in part.parameters())
-    return (model.weights.parameters + others) * dtype_of(precision).itemsize
-
-
-def _save(graph: ir.Model, path: Path, weights: str) -> None:
-    """Write a graph and its weights; a graph that has no large ones gets no weight file."""
-    ir.save(graph, path, external_data=weights)
-    if (path.parent / weights).stat().st_size == 0:
-        (path.parent / weights).unlink()
-
-
-def _buckets(canvas: int) -> tuple[int, ...]:
-    """Return rows per pass for which a static engine is worth building: powers of two, and all."""
-    sizes = []
-    size = _SMALLEST_BUCKET
-    while size < canvas:
-        sizes.append(size)
-        size *= 2
-    return (*sizes, canvas)
+    single = dtype_of(options.precision).itemsize
+    return (model.weights.parameters + others) * single + options.int8 * model.weights.parameters
 
 
 def _size(folder: Path, stem: str) -> str:
@@ -286,10 +247,6 @@ def _size(folder: Path, stem: str) -> str:
     return f"{total / 1e6:.1f} MB"
 
 
-def _toolchain() -> dict[str, str]:
-    packages = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
-    return {
-        "mdexport": mdruntime.__version__,
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in arrays.files}

@@ -22,6 +22,7 @@ from mdexport.build import Options, Progress, build
 from mdexport.cli_models import (
     find,
     list_command,
+    precision_of,
     prompts_of,
     recorded,
     resolved,
@@ -32,10 +33,12 @@ from mdexport.cli_models import (
 from mdexport.cli_study import study_command
 from mdexport.precision import PRECISIONS
 from mdruntime import cli as device
+from mdruntime.cli_build import build_here
 from mdruntime.doctor import examine
 from mdruntime.errors import ProviderError, VerificationError
 from mdruntime.ort import import_onnxruntime
 from mdruntime.records import to_json
+from mdruntime.trt.identity import BuildOptions
 
 __all__ = ["main"]
 
@@ -93,16 +96,19 @@ def cli() -> None:
 )
 @_SET
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="folder  [MODEL-PRECISION]")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
-@click.option("--fp16", "--half", "half", is_flag=True, help="the same as --precision fp16")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="[default: fp32]")
+@click.option("--fp16", "--half", "fp16", is_flag=True, help="the same as --precision fp16")
+@click.option("--bf16", is_flag=True, help="the same as --precision bf16")
+@click.option("--int8", is_flag=True, help="add a TensorRT spelling in int8, calibrated")
 @click.option("--logits", is_flag=True, help="let the TensorRT spelling return logits too")
 @click.option("--no-encoder", is_flag=True, help="leave the image encoder out: no editing")
+@click.option("--no-engines", is_flag=True, help="build no TensorRT engines afterwards")
 @click.option("--force", is_flag=True, help="replace an existing folder")
 @click.option("--json", "as_json", is_flag=True, help="print JSON lines")
 def build_command(**options: Any) -> None:
     """Export a model, verify it, and write a bundle."""
     entry = find(options["model"])
-    precision = "fp16" if options["half"] else options["precision"]
+    precision = precision_of(options)
     folder: Path = options["output"] or Path(f"{entry.name}-{precision}")
     given = sources(entry, options)
     import_onnxruntime()  # verification needs it: say so now rather than minutes later
@@ -110,18 +116,32 @@ def build_command(**options: Any) -> None:
     model = mdzoo.load(entry, given)
     if not options["as_json"]:
         click.echo(f"{entry.name}, {precision}: {model.weights.summary}")
-    made = Options(
-        precision=precision,
-        logits=options["logits"],
-        encoder=not options["no_encoder"],
-        force=options["force"],
-    )
+    same = {name: options[name] for name in ("int8", "logits", "force")}
+    made = Options(precision=precision, encoder=not options["no_encoder"], **same)
     with contextlib.closing(build(model, folder, made)) as steps:
         for progress in steps:
             if _INTERRUPTED.is_set():
                 raise KeyboardInterrupt
             say(progress)
-    _say_done(entry, folder, options["as_json"])
+    _say_done(folder, options["as_json"])
+    built = not options["no_engines"] and _build_engines(folder, options)
+    if not options["as_json"]:
+        provider = " --provider tensorrt" if built else ""
+        click.echo("Next:")
+        click.echo(
+            f"  mdruntime generate {shlex.quote(str(folder))} {wish(entry)} --seed 0{provider}"
+        )
+
+
+def _build_engines(folder: Path, options: dict[str, Any]) -> bool:
+    """Go on with engines for this machine, or say in one line why there are none."""
+    choices = BuildOptions(int8=options["int8"])
+    reason = build_here(folder, choices, as_json=options["as_json"])
+    if reason and options["as_json"]:
+        click.echo(json.dumps({"engines": None, "reason": reason}))
+    elif reason:
+        click.echo(f"no engines: {reason}; 'mdruntime build' makes them on the device")
+    return not reason
 
 
 def _step_line(progress: Progress) -> None:
@@ -140,14 +160,12 @@ def _json_line(progress: Progress) -> None:
         click.echo(json.dumps(facts))
 
 
-def _say_done(entry: mdzoo.Entry, folder: Path, as_json: bool) -> None:
+def _say_done(folder: Path, as_json: bool) -> None:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if as_json:
         click.echo(json.dumps({"bundle": str(folder), "bytes": size}))
         return
-    target = shlex.quote(str(folder))
-    click.echo(f"verified: {folder} ({size / 1e6:.1f} MB). Next:")
-    click.echo(f"  mdruntime generate {target} {wish(entry)} --seed 0")
+    click.echo(f"verified: {folder} ({size / 1e6:.1f} MB)")
 
 
 @cli.command("verify")

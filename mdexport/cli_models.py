@@ -18,6 +18,7 @@ __all__ = [
     "find",
     "list_command",
     "model_table",
+    "precision_of",
     "prompts_of",
     "recorded",
     "resolved",
@@ -26,7 +27,7 @@ __all__ = [
     "wish",
 ]
 
-_BYTES = {"fp32": 4, "fp16": 2}
+_BYTES = {"fp32": 4, "fp16": 2}  # bfloat16 has the size of float16
 
 _STATED = (
     ("heads", ("n_heads", "num_attention_heads")),
@@ -44,6 +45,16 @@ def find(name: str) -> mdzoo.Entry:
     near = difflib.get_close_matches(name, mdzoo.CATALOGUE, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(mdzoo.CATALOGUE)}"
     raise click.UsageError(f"unknown model {name!r}; {hint} ('mdexport list' shows all)")
+
+
+def precision_of(options: Mapping[str, Any]) -> str:
+    """Return the precision that was asked for, by name or by a flag of that name."""
+    flags = [name for name in ("fp16", "bf16") if options[name]]
+    named = options["precision"]
+    if len({*flags, *([named] if named else [])}) > 1:
+        asked = [f"--{name}" for name in flags] + ([f"--precision {named}"] if named else [])
+        raise click.UsageError(f"choose one precision, not {' and '.join(asked)}")
+    return flags[0] if flags else named or "fp32"
 
 
 def sources(entry: mdzoo.Entry, options: dict[str, Any]) -> mdzoo.Sources:

@@ -29,7 +29,14 @@ from mdruntime.sampling import Sampling
 from mdruntime.session import Feeds, Outputs
 from mdruntime.verify import CONDITIONED, DECODER_VECTORS, ENCODER_VECTORS
 
-__all__ = ["FORWARD_TOLERANCE", "TorchSession", "conditioned", "record", "write_images"]
+__all__ = [
+    "FORWARD_TOLERANCE",
+    "TorchSession",
+    "conditioned",
+    "record",
+    "trajectories",
+    "write_images",
+]
 
 MASK_RATIOS = (1.0, 0.75, 0.5, 0.25, 0.0)
 FORWARD_TOLERANCE = 1e-4  # cached pass against the model's own forward, in logits
@@ -129,12 +136,13 @@ def _conditioner(denoiser: Denoiser, inputs: NDArray[np.int32]) -> Condition | N
     return run if run(inputs[:1]) else None
 
 
-def _conditions(spec: DenoiserSpec, prompt: PromptSpec | None) -> Conditions:
+def _conditions(spec: DenoiserSpec, prompt: PromptSpec | None, seed: int = _SEED) -> Conditions:
     """Return two samples' conditions: the first and the last class, or made-up prompts."""
-    labels = np.array([0, spec.classes - 1] if spec.classes else [-1, -1])
+    random = np.random.default_rng(seed)
+    ends = np.array([0, spec.classes - 1] if spec.classes else [-1, -1])
+    labels = random.integers(0, spec.classes, 2) if spec.classes and seed != _SEED else ends
     if prompt is None:
         return Conditions(labels)
-    random = np.random.default_rng(_SEED)
     words = random.integers(0, prompt.begin, (2, prompt.length), dtype=np.int32)
     words[:, 0], words[:, prompt.length // 2 :] = prompt.begin, prompt.pad
     words[:, prompt.length // 2] = prompt.end
@@ -172,9 +180,34 @@ def record(
     return session.passes, tokens
 
 
-def _trajectory(runner: Runner, spec: DenoiserSpec, length: int) -> NDArray[np.int32]:
+def trajectories(
+    denoiser: Denoiser, prompt: PromptSpec | None = None, *, count: int = 4, rounds: int = 8
+) -> list[dict[str, NDArray[Any]]]:
+    """Record guided trajectories of other classes or prompts than ``record``, two samples each.
+
+    Args:
+        denoiser: satisfies ``mdexport.Denoiser``, in float32.
+        prompt: what its condition graph reads, where that is text.
+        count: of trajectories.
+        rounds: of each, from an empty canvas to a full one.
+    """
+    spec, passes = denoiser.spec, list[dict[str, NDArray[Any]]]()
+    length = min(spec.length, _LONGEST) if spec.flexible else spec.length
+    for seed in range(_SEED + 1000, _SEED + 1000 + count):
+        conditions = _conditions(spec, prompt, seed)
+        condition = _conditioner(denoiser, conditions.inputs())
+        session = TorchSession(denoiser, None if condition is None else conditions.inputs())
+        runner = Runner(session, spec, conditions, condition=condition)
+        _trajectory(runner, spec, length, rounds, seed)
+        passes += session.passes
+    return passes
+
+
+def _trajectory(
+    runner: Runner, spec: DenoiserSpec, length: int, rounds: int = 4, seed: int = _SEED
+) -> NDArray[np.int32]:
     sampling = Sampling(
-        rounds=min(4, length),
+        rounds=min(rounds, length),
         order="hybrid",
         exploration=(1.0, 0.0),
         substeps=2,
@@ -185,7 +218,7 @@ def _trajectory(runner: Runner, spec: DenoiserSpec, length: int) -> NDArray[np.i
     grid = spec.grid if length == spec.length else (length,)
     canvas = Canvas(length, grid, spec.mask_token)
     tokens = np.full((2, length), spec.mask_token, np.int32)
-    for step in unmask(runner, tokens, canvas, sampling, Randomness(_SEED, range(2))):
+    for step in unmask(runner, tokens, canvas, sampling, Randomness(seed, range(2))):
         tokens = step.tokens
     return tokens
 

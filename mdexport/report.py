@@ -1,17 +1,21 @@
 """``report.md``: what was built and what was measured, for people."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from mdexport.ranges import LARGEST, MARGIN
 from mdruntime.manifest import Manifest
+from mdruntime.measures import CLOSE
 
 __all__ = ["summary", "write_report"]
 
 _MEANING = {
     "log_prob": "largest difference of a log-probability, nats",
     "score": "largest difference of a moment, entropy, probability or margin",
+    "mean_log_prob": "mean difference of the log-probability of a drawn token, nats",
     "token_shift": "largest change of a uniform under which PyTorch draws the same token",
     "token_agreement": "share of drawn tokens that are equal",
+    "close_agreement": f"share of drawn tokens whose shift is at most {CLOSE:g}",
     "encoder_agreement": "share of the encoder's tokens that are equal",
     "psnr_db": "decoder's peak signal-to-noise ratio, dB (200: all pixels are equal)",
 }
@@ -39,10 +43,6 @@ def write_report(folder: Path, manifest: Manifest) -> None:
 
 def _text(manifest: Manifest) -> str:
     verification = manifest.verification
-    checks = [
-        (f"`{name}`", _MEANING[name], f"{value:.6g}", _limit(verification.limits, name))
-        for name, value in verification.measured.items()
-    ]
     files = [
         (name, f"{spec.bytes / 1e6:.2f}", spec.sha256[:16]) for name, spec in manifest.files.items()
     ]
@@ -63,15 +63,50 @@ def _text(manifest: Manifest) -> str:
             "## Verification",
             "",
             f"Reference: {verification.reference}. Every pass of the recorded trajectories was "
-            "replayed in ONNX Runtime on the CPU, in both spellings of the graph; "
-            "`mdruntime verify` repeats it on any device.",
+            "replayed in ONNX Runtime on the CPU; `mdruntime verify` repeats it on any device.",
             "",
-            _table(("measure", "meaning", "measured", "limit"), checks),
+            _measures(verification.limits, verification.measured),
+            *_spellings(manifest),
+            *_islands(manifest),
             "## Files",
             "",
             _table(("file", "MB", "SHA-256"), files),
         ]
     )
+
+
+def _measures(limits: Mapping[str, float], measured: Mapping[str, float]) -> str:
+    rows = [
+        (f"`{name}`", _MEANING[name], f"{value:.6g}", _limit(limits, name))
+        for name, value in measured.items()
+    ]
+    return _table(("measure", "meaning", "measured", "limit"), rows)
+
+
+def _spellings(manifest: Manifest) -> Iterator[str]:
+    for name, record in manifest.verification.spellings.items():
+        files = [
+            spec.spellings[name] for spec in manifest.graphs.values() if name in spec.spellings
+        ]
+        yield f"### {name}: {', '.join(files)}"
+        yield ""
+        yield f"Checked: {record.checked}. Nothing here has run in TensorRT itself."
+        yield ""
+        yield _measures(record.limits, record.measured)
+
+
+def _islands(manifest: Manifest) -> Iterator[str]:
+    rows = [
+        (graph, f"`{island.name}`", f"{island.largest:.4g}")
+        for graph, spec in manifest.graphs.items()
+        for island in spec.float32_islands
+    ]
+    if rows:
+        yield "## Float32 islands"
+        yield ""
+        yield f"What stays in float32 because float16 ends at {LARGEST:g}; a margin of {MARGIN:g}."
+        yield ""
+        yield _table(("graph", "module", "largest magnitude"), rows)
 
 
 def _limit(limits: Mapping[str, float], name: str) -> str:

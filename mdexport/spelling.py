@@ -5,6 +5,8 @@ young and has open defects, so attention is spelled out there, in opset 20. Both
 one weight file.
 """
 
+from typing import Any
+
 import onnx_ir as ir
 
 __all__ = ["TENSORRT_OPSET", "drop_output", "keep_softmax_in_float32", "spell_attention_out"]
@@ -45,18 +47,29 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
         raise ValueError(f"attention over heads of unknown size: {node.name}")
     scale = node.attributes.get_float("scale", head_size**-0.5)
     dtype = query.dtype or ir.DataType.FLOAT
+    old, wide = node.outputs[0], ir.DataType.FLOAT
+
+    def put(part: str, operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        made = tape.op(operator, inputs, attributes)
+        made.name, made.dtype = f"{old.name}.{part}", dtype
+        return made
+
     factor = tape.initializer(ir.tensor(scale, dtype=dtype), name=f"{node.name}.scale")
     # Scaled before the product, which then stays in float16's range.
-    scaled = tape.op("Mul", [query, factor])
-    scores = tape.op("MatMul", [scaled, tape.op("Transpose", [key], {"perm": [0, 1, 3, 2]})])
-    if dtype != ir.DataType.FLOAT:
-        scores = tape.op("Cast", [scores], {"to": ir.DataType.FLOAT.value})
-    weights = tape.op("Softmax", [scores], {"axis": -1})
-    if dtype != ir.DataType.FLOAT:
-        weights = tape.op("Cast", [weights], {"to": dtype.value})
-    mixed = tape.op("MatMul", [weights, value])
-    old = node.outputs[0]
-    mixed.shape, mixed.type, mixed.name = old.shape, old.type, f"{old.name}.spelled"
+    scaled = put("scaled", "Mul", query, factor)
+    turned = put("turned", "Transpose", key, perm=[0, 1, 3, 2])
+    scores = put("scores", "MatMul", scaled, turned)
+    if dtype != wide:
+        scores = put("wide", "Cast", scores, to=wide.value)
+        scores.dtype = wide
+    weights = put("weights", "Softmax", scores, axis=-1)
+    if dtype != wide:
+        weights.dtype = wide
+        weights = put("narrow", "Cast", weights, to=dtype.value)
+    mixed = put("spelled", "MatMul", weights, value)
+    mixed.shape = old.shape
+    for made in tape.nodes:
+        made.metadata_props.update(node.metadata_props)
     for initializer in tape.initializers:
         graph.register_initializer(initializer)
     ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, [old], [mixed])

@@ -1,5 +1,6 @@
 """From PyTorch modules to ONNX graphs with the names and free axes of the bundle."""
 
+import ast
 import contextlib
 import io
 import logging
@@ -18,6 +19,7 @@ from mdruntime.denoiser import CONDITION
 from mdruntime.manifest import ImageSpec, PromptSpec, TensorSpec
 
 __all__ = [
+    "MODULE",
     "OPSET",
     "cache_names",
     "tensor_specs",
@@ -28,6 +30,8 @@ __all__ = [
 ]
 
 OPSET = 23  # the first with the Attention operator
+MODULE = "module"
+"""In the metadata of nodes: the path of the PyTorch module that a node comes from."""
 _MOST_ROWS = 4096
 _SAMPLES = 2  # of the example inputs; any number but 1, which would be taken for a constant
 _COLUMNS = 3
@@ -141,9 +145,19 @@ def _export(module: nn.Module, inputs: dict[str, Any], axes: Mapping[str, Any]) 
     assert program is not None  # with dynamo=True and no file it always is
     model = program.model
     for node in model.graph.all_nodes():
+        path = _module_path(node)
         node.metadata_props.clear()  # stack traces: paths of the machine that exported
+        if path:
+            node.metadata_props[MODULE] = path
         node.doc_string = None
     return model
+
+
+def _module_path(node: ir.Node) -> str:
+    """Return the path of the PyTorch module that a node comes from; "" where none is named."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    paths = [scope for scope in scopes[:-1] if not scope.startswith("_")]  # the last is the call
+    return paths[-1].removeprefix("denoiser.") if paths else ""
 
 
 @contextlib.contextmanager

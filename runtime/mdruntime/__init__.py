@@ -9,6 +9,7 @@ The samplers follow Hayakawa et al., "Demystifying MaskGIT Sampler and Beyond" (
 from mdruntime.bundle import Bundle, open_bundle
 from mdruntime.errors import (
     BundleError,
+    EngineError,
     MdruntimeError,
     ProviderError,
     SamplingError,
@@ -29,6 +30,7 @@ __all__ = [
     "Bundle",
     "BundleError",
     "Canvas",
+    "EngineError",
     "FunctionSession",
     "Manifest",
     "MdruntimeError",

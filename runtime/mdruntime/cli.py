@@ -1,4 +1,4 @@
-"""The command line of the device: ``mdruntime generate | edit | tune | bench | verify | ...``."""
+"""The command line of the device: ``mdruntime generate | edit | tune | build | bench | ...``."""
 
 import argparse
 import contextlib
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mdruntime import __version__, cli_bench, cli_edit, cli_generate, cli_tune
+from mdruntime import __version__, cli_bench, cli_build, cli_edit, cli_generate, cli_tune
 from mdruntime.bundle import Bundle, open_bundle
 from mdruntime.doctor import examine
 from mdruntime.errors import MdruntimeError, ProviderError, SamplingError, VerificationError
@@ -48,6 +48,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cli_edit.add_flags(_command(commands, "edit", "inpaint, outpaint or vary an image"))
     cli_tune.add_flags(_command(commands, "tune", "choose the sampler for this device"))
     cli_bench.add_flags(_command(commands, "bench", "measure times on this device"))
+    build = commands.add_parser("build", help="build TensorRT engines for this device")
+    _add_bundle(build)
+    cli_build.add_flags(build)
     check = commands.add_parser("verify", help="compare this device with the recorded model")
     _add_bundle(check, provider=True)
     _add_bundle(commands.add_parser("info", help="say what a bundle is"))
@@ -60,6 +63,8 @@ def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
     """Add a command that runs a bundle."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary)
     _add_bundle(parser, provider=True)
+    reduced = "keep decoder and encoder in memory only while they run"
+    parser.add_argument("--reduce-memory", action="store_true", help=reduced)
     return parser
 
 
@@ -126,6 +131,7 @@ def run(options: argparse.Namespace) -> int:
         "edit": cli_edit.run,
         "tune": cli_tune.run,
         "bench": cli_bench.run,
+        "build": cli_build.run,
         "verify": _verify,
         "info": _info,
         "doctor": _doctor,

@@ -1,13 +1,13 @@
 """``mdruntime bench``: how long loading, passes and samples take on this device."""
 
 import argparse
-import contextlib
 import json
 import time
 from collections.abc import Iterable
 
 from mdruntime.bench import NOISY, Bench, Spread, bench
 from mdruntime.bundle import open_bundle
+from mdruntime.cli_tuned import closed
 from mdruntime.errors import SamplingError
 from mdruntime.machine import Machine
 from mdruntime.manifest import Manifest
@@ -53,9 +53,15 @@ def run(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     bundle = open_bundle(options.bundle)
     choice = None if options.no_tuned else read_tuned(bundle)
-    runner = Runner(bundle, options.provider, threads=options.threads, tuned=choice)
+    runner = Runner(
+        bundle,
+        options.provider,
+        threads=options.threads,
+        tuned=choice,
+        reduce_memory=options.reduce_memory,
+    )
     load_ms = 1000 * (time.perf_counter() - began)
-    with contextlib.closing(runner):
+    with closed(runner):
         found = bench(
             runner,
             [name.strip() for name in options.presets.split(",") if name.strip()],

@@ -1,7 +1,6 @@
 """``mdruntime edit``: inpaint, outpaint or vary an image."""
 
 import argparse
-import contextlib
 import json
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from mdruntime.bundle import open_bundle
 from mdruntime.cli_generate import facts_of, say_random
-from mdruntime.cli_tuned import open_runner, say_tuned
+from mdruntime.cli_tuned import closed, open_runner, say_tuned
 from mdruntime.denoiser import HEADS
 from mdruntime.errors import SamplingError
 from mdruntime.images import check_target, enlarge, fitted, read_image, save_image, sheet
@@ -64,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     if "encoder" not in bundle.manifest.graphs:
         raise SamplingError("this bundle has no encoder, so that it cannot read images")
     runner = open_runner(bundle, options)
-    with contextlib.closing(runner):
+    with closed(runner):
         say_tuned(runner, options)
         began = time.perf_counter()
         images = _edited(Pipeline(runner), image, mask, options)

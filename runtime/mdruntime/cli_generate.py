@@ -1,7 +1,6 @@
 """``mdruntime generate``: images or texts, whichever the bundle makes."""
 
 import argparse
-import contextlib
 import json
 import sys
 import time
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mdruntime.bundle import open_bundle
-from mdruntime.cli_tuned import open_runner, say_tuned, tuned_facts
+from mdruntime.cli_tuned import closed, open_runner, say_tuned, tuned_facts
 from mdruntime.denoiser import HEADS
 from mdruntime.images import enlarge, save_animation, save_image, sheet
 from mdruntime.options import (
@@ -69,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     makes_text = bundle.manifest.text is not None
     (check_texts if makes_text else check_images)(options)
     runner = open_runner(bundle, options)
-    with contextlib.closing(runner):
+    with closed(runner):
         say_tuned(runner, options)
         loaded = time.perf_counter()
         facts = {**facts_of(runner, options), "load_s": round(loaded - began, 3)}

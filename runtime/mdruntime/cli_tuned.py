@@ -1,7 +1,9 @@
-"""What all commands that make something do with the choice of ``mdruntime tune``."""
+"""What all commands that run a bundle do with it, and with the choice of ``mdruntime tune``."""
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mdruntime.bundle import Bundle
@@ -10,7 +12,7 @@ from mdruntime.records import to_json
 from mdruntime.runner import Runner
 from mdruntime.tuned import read_tuned
 
-__all__ = ["open_runner", "say_tuned", "tuned_facts"]
+__all__ = ["closed", "open_runner", "say_tuned", "tuned_facts"]
 
 _PRESETS = ("default", "tuned")  # that stand for the choice
 
@@ -19,8 +21,24 @@ def open_runner(bundle: Bundle, options: argparse.Namespace) -> Runner:
     """Open a bundle, with what was chosen for this device unless that is not wanted."""
     choice = None if options.no_tuned else read_tuned(bundle)
     return Runner(
-        bundle, options.provider, threads=options.threads, head=options.head, tuned=choice
+        bundle,
+        options.provider,
+        threads=options.threads,
+        head=options.head,
+        tuned=choice,
+        reduce_memory=options.reduce_memory,
     )
+
+
+@contextmanager
+def closed(runner: Runner) -> Iterator[None]:
+    """Close a runner at the end, and say what was not as it should be while it ran."""
+    try:
+        yield
+    finally:
+        for note in runner.notes:
+            print(f"mdruntime: {note}", file=sys.stderr)
+        runner.close()
 
 
 def say_tuned(runner: Runner, options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """From a folder to a pipeline."""
 
 from pathlib import Path
+from typing import Any
 
 from mdruntime.bundle import open_bundle
 from mdruntime.errors import BundleError
@@ -20,28 +21,33 @@ def load(
     check: bool = True,
     head: str = "graph",
     tuned: bool = True,
+    reduce_memory: bool = False,
 ) -> Pipeline:
     """Open a bundle of an image model and return its pipeline; see ``load_text`` for text.
 
     Args:
         folder: a bundle made by ``mdexport build``.
-        provider: execution provider, ``cpu`` or ``cuda``; no other is used in its place.
+        provider: execution provider, one of ``cpu``, ``cuda``, ``tensorrt`` and ``ort-tensorrt``;
+            no other is used in its place.
         threads: CPU threads; 0 takes as many as the process may use.
         check: compare the files' SHA-256 sums first (about a second per gigabyte).
         head: draw tokens in the ``graph``, or in ``numpy`` (the reference) from its logits.
         tuned: let the sampler that ``mdruntime tune`` chose for this device be the default, where
             it did.
+        reduce_memory: keep decoder and encoder in memory only while they run.
 
     Raises:
         BundleError: the bundle or the file of ``mdruntime tune`` is incomplete, altered, of another
             format, or the bundle is no image model's.
         ProviderError: the provider is not available on this machine.
+        EngineError: TensorRT has no engines for this bundle and machine: see ``mdruntime build``.
     """
     bundle = open_bundle(folder, check=check)
     if bundle.manifest.image is None:
         raise BundleError(f"{str(folder)!r} makes text, not images; use mdruntime.load_text")
     choice = read_tuned(bundle) if tuned else None
-    return Pipeline(Runner(bundle, provider, threads=threads, head=head, tuned=choice))
+    options: dict[str, Any] = {"threads": threads, "head": head, "reduce_memory": reduce_memory}
+    return Pipeline(Runner(bundle, provider, tuned=choice, **options))
 
 
 def load_text(
@@ -52,6 +58,7 @@ def load_text(
     check: bool = True,
     head: str = "graph",
     tuned: bool = True,
+    reduce_memory: bool = False,
 ) -> TextPipeline:
     """Open a bundle of a text model and return its pipeline; the arguments are those of ``load``.
 
@@ -59,9 +66,11 @@ def load_text(
         BundleError: the bundle or the file of ``mdruntime tune`` is incomplete, altered, of another
             format, or the bundle is no text model's.
         ProviderError: the provider or the tokenizer's package is not available.
+        EngineError: TensorRT has no engines for this bundle and machine: see ``mdruntime build``.
     """
     bundle = open_bundle(folder, check=check)
     if bundle.manifest.text is None:
         raise BundleError(f"{str(folder)!r} makes images, not text; use mdruntime.load")
     choice = read_tuned(bundle) if tuned else None
-    return TextPipeline(Runner(bundle, provider, threads=threads, head=head, tuned=choice))
+    options: dict[str, Any] = {"threads": threads, "head": head, "reduce_memory": reduce_memory}
+    return TextPipeline(Runner(bundle, provider, tuned=choice, **options))

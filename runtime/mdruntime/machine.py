@@ -32,7 +32,9 @@ def this_machine(provider: str, threads: int = 0) -> Machine:
         provider: execution provider in use.
         threads: CPU threads; 0 stands for as many as the process may use.
     """
-    versions = {name: _version(name) for name in ("onnxruntime", "onnxruntime-gpu", "numpy")}
+    versions = {
+        name: _version(name) for name in ("onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy")
+    }
     known = {name: found for name, found in versions.items() if found}
     return Machine(
         device_name(provider),
@@ -45,7 +47,7 @@ def this_machine(provider: str, threads: int = 0) -> Machine:
 
 def device_name(provider: str) -> str:
     """Return the name of the processor that a provider computes on, as the system has it."""
-    name = _gpu() if provider == "cuda" else ""
+    name = _gpu() if provider != "cpu" else ""
     return name or f"{_field(_CPU, 'model name') or _board() or 'CPU'} ({platform.machine()})"
 
 

@@ -23,8 +23,10 @@ __all__ = [
     "FileSpec",
     "GraphSpec",
     "ImageSpec",
+    "Island",
     "Manifest",
     "PromptSpec",
+    "SpellingRecord",
     "TensorSpec",
     "TextSpec",
     "VerificationRecord",
@@ -33,7 +35,7 @@ __all__ = [
     "parse",
 ]
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,14 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Island:
+    """A part of a graph of lower precision that stays in float32: its values are large."""
+
+    name: str  # a module's path, or an inner value where no module stands for it
+    largest: float  # magnitude in float32 along the recorded trajectories
+
+
+@dataclass(frozen=True, slots=True)
 class GraphSpec:
     """An ONNX graph, in one or more spellings of the same computation."""
 
@@ -98,6 +108,7 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
     caches: tuple[tuple[str, str], ...]  # (input, output): bind both to one buffer
     float32_operators: tuple[str, ...]  # that stay in float32 in a graph of lower precision
+    float32_islands: tuple[Island, ...] = ()  # what stays so for its range, not for its kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +168,27 @@ class FileSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class SpellingRecord:
+    """What was measured of the denoiser as it is spelled for a backend, and how."""
+
+    checked: str  # what was run, and where
+    limits: dict[str, float]
+    measured: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class VerificationRecord:
     """What was measured when the bundle was built, and what was allowed."""
 
     reference: str
     limits: dict[str, float]
     measured: dict[str, float]
+    spellings: dict[str, SpellingRecord] = field(default_factory=dict)  # by name, as a graph's
+
+    def limits_of(self, spelling: str) -> dict[str, float]:
+        """Return the limits of a spelling; those of the bundle where it has none of its own."""
+        record = self.spellings.get(spelling)
+        return dict(self.limits if record is None else record.limits)
 
 
 @dataclass(frozen=True, slots=True)

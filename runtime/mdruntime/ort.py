@@ -1,22 +1,22 @@
 """Sessions of ONNX Runtime, the only module that imports it."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
+from mdruntime.bundle import Bundle
 from mdruntime.errors import BundleError, ProviderError, SamplingError
-from mdruntime.manifest import GraphSpec, TensorSpec
+from mdruntime.manifest import GraphSpec
+from mdruntime.ort_binding import Binding, Bindings, Caches, Copy
+from mdruntime.ort_cuda import EAGER, Captures
+from mdruntime.ort_open import Opened, explained, first_line, numbered, open_graph
 from mdruntime.session import Feeds, Outputs
 
-__all__ = ["OrtSession", "available_threads", "import_onnxruntime"]
-
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_PACKAGES = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu"}
-_ERRORS = 3  # ONNX Runtime's log level: its warnings are about its own optimiser
+__all__ = ["OrtSession", "available_threads", "import_onnxruntime", "open_ort"]
 
 
 def import_onnxruntime() -> ModuleType:
@@ -51,126 +51,179 @@ def available_threads() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def _open(path: Path, provider: str, threads: int) -> Any:
+def _checked(threads: int) -> int:
+    """Return how many threads to use, where 0 stands for all that may be."""
     cores = os.cpu_count() or 1
     if not 0 <= threads <= cores:  # more would only wait for each other, and spin meanwhile
         raise SamplingError(
             f"threads must be between 0 (as many as may be used) and {cores}, got {threads}"
         )
-    runtime = import_onnxruntime()
-    name = _PROVIDERS[provider]
-    found = runtime.get_available_providers()
-    if name not in found:
-        raise ProviderError(
-            f"provider {provider!r} was asked for, but ONNX Runtime {runtime.__version__} offers "
-            f"only {', '.join(found)}; install {_PACKAGES[provider]}, or choose --provider cpu"
-        )
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads or available_threads()
-    options.log_severity_level = _ERRORS
-    try:
-        session = runtime.InferenceSession(str(path), options, providers=[name])
-    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        raise _explained(f"ONNX Runtime cannot load {path.name}", error) from None
-    used = session.get_providers()
-    # A provider whose libraries are missing is replaced by the CPU's without an exception.
-    if used[0] != name:
-        raise ProviderError(
-            f"provider {provider!r} was asked for, but ONNX Runtime fell back to {used[0]} (its "
-            "log above says why, mostly a missing CUDA library); see 'mdruntime doctor', or "
-            "choose --provider cpu"
-        )
-    return session
+    return threads or available_threads()
 
 
-def _explained(what: str, error: Exception) -> Exception:
-    """Return what to raise in place of an exception of ONNX Runtime."""
-    text = (str(error).splitlines() or [type(error).__name__])[0]
-    if any(word in str(error) for word in ("allocate memory", "bad_alloc", "bad allocation")):
-        return MemoryError(text)
-    return BundleError(f"{what}: {text}")
+def open_ort(
+    bundle: Bundle, graph: str, provider: str, *, threads: int = 0, spelling: str = ""
+) -> "OrtSession":
+    """Open a graph of a bundle in ONNX Runtime.
+
+    Args:
+        bundle: an opened bundle.
+        graph: name of the graph.
+        provider: ``cpu``, ``cuda`` or ``ort-tensorrt``, which always takes TensorRT's spelling.
+        threads: CPU threads; 0 takes as many as the process may use.
+        spelling: open the graph as it is spelled for another backend.
+
+    Raises:
+        ProviderError: the provider or its package is not available here.
+    """
+    spec = bundle.manifest.graphs[graph]
+    if provider != "ort-tensorrt":
+        return OrtSession(bundle.path(graph, spelling), spec, provider, threads=threads)
+    from mdruntime.ort_tensorrt import SAMPLES, device_copy, tensorrt_options
+
+    return OrtSession(
+        bundle.path(graph, spelling or "tensorrt"),
+        spec,
+        provider,
+        threads=threads,
+        options=tensorrt_options(bundle, graph),
+        copy=device_copy(),
+        samples=SAMPLES,
+    )
 
 
 class OrtSession:
-    """A graph in ONNX Runtime, its caches resident on the device.
+    """A graph in ONNX Runtime, its caches, inputs and outputs resident on the device."""
 
-    Each cache output is bound to the buffer of its input, so that the graph scatters in place
-    (measured: bit-equal to the copying run, and 5 to 60 ms a pass faster on a CPU).
-    """
+    def __init__(
+        self,
+        path: Path,
+        spec: GraphSpec,
+        provider: str,
+        *,
+        threads: int = 0,
+        options: Mapping[str, str] = {},
+        copy: Copy | None = None,
+        samples: int = 0,
+    ) -> None:
+        """Load the graph at ``path`` on ``provider``.
 
-    def __init__(self, path: Path, spec: GraphSpec, provider: str, *, threads: int = 0) -> None:
-        """Load the graph at ``path`` on ``provider``."""
+        Args:
+            path: of the ONNX file.
+            spec: of the graph.
+            provider: ``cpu``, ``cuda`` or ``ort-tensorrt``.
+            threads: CPU threads; 0 takes as many as the process may use.
+            options: of ONNX Runtime's TensorRT provider.
+            copy: inside the device, where passes do not work in place; see ``Caches``.
+            samples: most that may run together; 0: as many as fit.
+        """
+        opened = open_graph(
+            import_onnxruntime(),
+            path,
+            provider,
+            threads=_checked(threads),
+            graphs=provider == "cuda" and bool(spec.caches),
+            options=options,
+        )
+        self._samples = samples
+        self._set(opened, spec, provider, copy)
+
+    def _set(self, opened: Opened, spec: GraphSpec, provider: str, copy: Copy | None) -> None:
+        device = "cpu" if provider == "cpu" else "cuda"
         self.provider = provider
-        self._spec = spec
-        self._session = _open(path, provider, threads)
-        self._device = "cuda" if provider == "cuda" else "cpu"
-        self._caches: dict[str, Any] = {}
-        self._capacity = 0
-        self._canvas = 0
+        self.notes = list(opened.notes)
+        self.downloaded = 0  # bytes of outputs, over all runs
+        self._opened: Opened | None = opened
+        self._spec, self._copy = spec, copy
+        self._caches = Caches(opened.runtime, device, spec, copy)
+        self._bindings = Bindings(opened.runtime, device)
+        self._captures = Captures(opened.numbers) if opened.graphs else None
+
+    @property
+    def uploaded(self) -> int:
+        """Bytes of inputs that went to the device, over all runs."""
+        return self._bindings.uploaded
+
+    @property
+    def graphs(self) -> int:
+        """How many CUDA graphs there are."""
+        return 0 if self._captures is None else self._captures.count
 
     def start(self, canvas: int) -> None:
         """Make the next passes go over canvases of this many rows."""
-        if canvas != self._canvas:
-            self._canvas, self._capacity = canvas, 0
+        self._caches.start(canvas)
 
     def clone(self) -> "OrtSession":
         """Return a session on the same weights with caches of its own."""
         twin = object.__new__(OrtSession)
-        twin.provider, twin._spec, twin._session = self.provider, self._spec, self._session
-        twin._device, twin._caches, twin._capacity, twin._canvas = self._device, {}, 0, 0
+        twin._samples = self._samples
+        twin._set(self._open_session(), self._spec, self.provider, self._copy)
         return twin
 
     def close(self) -> None:
         """Drop the session and its caches."""
-        self._session = None
-        self._caches = {}
+        if self._opened is not None:
+            self._drop(self._opened, all_of_them=True)
+            self._caches = Caches(self._opened.runtime, "cpu", self._spec)
+        self._opened = None
 
     def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
         """Run the graph and return the outputs in ``fetch``, in host memory."""
-        if self._session is None:
-            raise BundleError("the pipeline is closed; load the bundle again")
-        binding = self._session.io_binding()
-        arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
-        for name, array in arrays.items():  # kept alive here: a binding does not own its memory
-            binding.bind_cpu_input(name, array)
-        for name in fetch:
-            binding.bind_output(name, "cpu")
-        if self._spec.caches:
-            self._bind_caches(binding, feeds["tokens"].shape[0])
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:
-            raise _explained("ONNX Runtime failed", error) from error
-        results = binding.get_outputs()
-        return {name: results[i].numpy() for i, name in enumerate(fetch)}
-
-    def _bind_caches(self, binding: Any, rows: int) -> None:
-        """Bind the first ``rows`` sequences of every cache as input and as output."""
-        if rows > self._capacity:
-            self._allocate(rows)
-        shapes = {tensor.name: tensor for tensor in self._spec.inputs}
-        for before, after in self._spec.caches:
-            tensor, buffer = shapes[before], self._caches[before]
-            where = (self._device, 0, np.dtype(tensor.dtype).type, self._shape(tensor, rows))
-            binding.bind_input(before, *where, buffer.data_ptr())
-            binding.bind_output(after, *where, buffer.data_ptr())
-
-    def _shape(self, tensor: TensorSpec, rows: int) -> list[int]:
-        """Return the shape of a cache; the only free axis besides the rows is the canvas."""
-        inner = [size if isinstance(size, int) else self._canvas for size in tensor.shape[1:]]
-        return [rows, *inner]
-
-    def _allocate(self, rows: int) -> None:
-        runtime = import_onnxruntime()
-        tensors = {tensor.name: tensor for tensor in self._spec.inputs}
-        self._caches = {}  # the old ones go before the new ones come
-        self._caches = {
-            name: runtime.OrtValue.ortvalue_from_shape_and_type(
-                self._shape(tensors[name], rows),
-                np.dtype(tensors[name].dtype).type,
-                self._device,
-                0,
+        opened = self._open_session()
+        rows = len(feeds["tokens"]) if self._spec.caches else 0
+        if rows and 0 < self._samples < len(feeds["conditional"]):
+            raise SamplingError(
+                f"engines of provider {self.provider!r} are for {self._samples} sample at a time, "
+                f"got {len(feeds['conditional'])}; ask for batch_size={self._samples} "
+                f"(--batch-size {self._samples})"
             )
-            for name, _ in self._spec.caches
-        }
-        self._capacity = rows
+        with opened.lock if opened.graphs else contextlib.nullcontext():
+            try:
+                outputs = self._bound(opened, feeds, fetch, rows)
+            except Exception as error:
+                raise explained("ONNX Runtime failed", error) from error
+        self.downloaded += sum(array.nbytes for array in outputs.values())
+        return outputs
+
+    def _open_session(self) -> Opened:
+        if self._opened is None:
+            raise BundleError("the pipeline is closed; load the bundle again")
+        return self._opened
+
+    def _bound(self, opened: Opened, feeds: Feeds, fetch: Sequence[str], rows: int) -> Outputs:
+        if rows and self._caches.make_room(rows):
+            self._drop(opened, all_of_them=True)  # they are bound to caches that are no more
+        arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        create = opened.session.io_binding
+        bound, fresh = self._bindings.bind(arrays, fetch, self._caches.side, create)
+        if fresh and rows:
+            self._caches.bind(bound.binding, rows)
+        self._launch(opened, bound)
+        outputs = bound.fetched()
+        if rows:
+            self._caches.turn(rows)
+        self._drop(opened)
+        return outputs
+
+    def _launch(self, opened: Opened, bound: Binding) -> None:
+        if self._captures is None:
+            opened.session.run_with_iobinding(bound.binding)
+            return
+        bound.number = self._captures.number(bound.runs, bound.number)
+        bound.runs += 1
+        try:
+            opened.session.run_with_iobinding(bound.binding, numbered(opened, bound.number))
+        except Exception as error:
+            if bound.number == EAGER or isinstance(explained("", error), MemoryError):
+                raise
+            # A pass may be repeated: it writes what it wrote before.
+            self._captures.on, bound.number = False, EAGER
+            self.notes.append(f"CUDA graphs were given up: {first_line(error)}")
+            opened.session.run_with_iobinding(bound.binding, numbered(opened, EAGER))
+
+    def _drop(self, opened: Opened, *, all_of_them: bool = False) -> None:
+        for number in self._bindings.evict(all_of_them=all_of_them):
+            if self._captures is not None:
+                self._captures.release(number)
+            if hasattr(opened.session, "release_captured_graph"):
+                opened.session.release_captured_graph(number)

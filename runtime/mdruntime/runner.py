@@ -16,7 +16,7 @@ from mdruntime.passes import Counted
 from mdruntime.randomness import Randomness
 from mdruntime.sampler import Canvas, Step, Tokens, unmask
 from mdruntime.sampling import Sampling
-from mdruntime.session import Session, open_session
+from mdruntime.session import Session, open_backend
 from mdruntime.tuned import Tuned
 
 __all__ = ["Runner", "randomness"]
@@ -33,6 +33,7 @@ class Runner:
         threads: int = 0,
         head: str = "graph",
         tuned: Tuned | None = None,
+        reduce_memory: bool = False,
     ) -> None:
         """Open the denoiser of a bundle.
 
@@ -42,20 +43,26 @@ class Runner:
             threads: CPU threads; 0 takes as many as the process may use.
             head: draw tokens in the ``graph``, or in ``numpy`` from its logits.
             tuned: what was chosen for this device; it is the default then.
+            reduce_memory: keep decoder and encoder in memory only while they run.
 
         Raises:
             ProviderError: the provider is not available on this machine.
+            EngineError: TensorRT has no engines for this bundle and machine.
         """
         if head not in HEADS:
             raise SamplingError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
         self.bundle = bundle
         self.tuned = tuned
-        self._provider = provider
         self._threads = threads
         self._head = head
-        self._sessions: dict[str, Session] = {}
+        self._counted: Counted | None = None
         self._runs = 0  # begun so far
-        self.session("denoiser")
+        self._backend = open_backend(bundle, provider, threads=threads, reduce_memory=reduce_memory)
+        try:
+            self.session("denoiser")
+        except BaseException:
+            self._backend.close()
+            raise
 
     @property
     def manifest(self) -> Manifest:
@@ -86,32 +93,34 @@ class Runner:
         Raises:
             BundleError: the bundle has no such graph.
         """
-        if graph not in self._sessions:
-            self._sessions[graph] = open_session(
-                self.bundle, graph, self._provider, threads=self._threads
-            )
-        return self._sessions[graph]
+        if graph == "denoiser" and self._counted is not None:
+            return self._counted
+        return self._backend.session(graph)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not as it should be, such as why passes are slower than they could be."""
+        return self._backend.notes
 
     def counted(self) -> Counted:
         """Return the denoiser's session, which remembers the sizes of its passes from now on."""
-        session = self.session("denoiser")
-        counting = session if isinstance(session, Counted) else Counted(session)
-        self._sessions["denoiser"] = counting
-        return counting
+        if self._counted is None:
+            self._counted = Counted(self._backend.session("denoiser"))
+        return self._counted
 
     def clone(self) -> "Runner":
         """Return a runner for another thread: the same weights, caches of its own."""
         twin = object.__new__(Runner)
         twin.bundle, twin.tuned = self.bundle, self.tuned
-        twin._provider, twin._threads = self._provider, self._threads
-        twin._head, twin._runs = self._head, 0
-        twin._sessions = {name: session.clone() for name, session in self._sessions.items()}
+        twin._head, twin._threads, twin._runs = self._head, self._threads, 0
+        twin._backend, twin._counted = self._backend.clone(), None
+        if self._counted is not None:
+            twin.counted()
         return twin
 
     def close(self) -> None:
         """Release the sessions' memory."""
-        for session in self._sessions.values():
-            session.close()
+        self._backend.close()
 
     def sampling(self, preset: str, options: dict[str, Any]) -> Sampling:
         """Return a preset, with some options changed.
@@ -197,7 +206,10 @@ class Runner:
         """
         output = self.manifest.graphs[graph].outputs[0].name if items else ""
         session = self.session(graph)
-        return np.concatenate([session.run({name: i[None]}, [output])[output] for i in items])
+        try:
+            return np.concatenate([session.run({name: i[None]}, [output])[output] for i in items])
+        finally:
+            self._backend.release(graph)
 
 
 def randomness(seed: int, first_index: int, batch: int) -> Randomness:

@@ -1,21 +1,38 @@
-"""The seam between samplers and backends: one graph on one execution provider."""
+"""The seam between samplers and backends: one graph on one execution provider.
+
+A *session* runs a graph; a *backend* is all of a bundle on one provider and opens sessions.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mdruntime.bundle import Bundle
-from mdruntime.errors import ProviderError
+from mdruntime.errors import ProviderError, SamplingError
 
-__all__ = ["PROVIDERS", "Feeds", "FunctionSession", "Outputs", "Session", "open_session"]
+__all__ = [
+    "ON_DEMAND",
+    "PROVIDERS",
+    "Backend",
+    "Feeds",
+    "FunctionSession",
+    "Outputs",
+    "Session",
+    "Sessions",
+    "open_backend",
+    "open_session",
+]
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
 Outputs = dict[str, Array]
 
-PROVIDERS = ("cpu", "cuda")
+PROVIDERS = ("cpu", "cuda", "tensorrt", "ort-tensorrt")
+ON_DEMAND = ("decoder", "encoder")
+"""Graphs that run before or after all passes, and need no memory in between."""
 
 
 class Session(Protocol):
@@ -38,6 +55,32 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Release the device's memory."""
+
+
+class Backend(Protocol):
+    """A bundle's graphs on one execution provider, for one thread."""
+
+    provider: str
+
+    def session(self, graph: str) -> Session:
+        """Return the session of a graph, opened when it is first asked for.
+
+        Raises:
+            BundleError: the bundle has no such graph.
+        """
+
+    def release(self, graph: str) -> None:
+        """Say that a graph is not needed for now; where memory is short, its session is closed."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not as it should be, such as why passes are slower than they could be."""
+
+    def clone(self) -> "Backend":
+        """Return a backend for another thread: the same weights, caches of its own."""
+
+    def close(self) -> None:
+        """Close all sessions."""
 
 
 class FunctionSession:
@@ -65,24 +108,97 @@ class FunctionSession:
         """Do nothing: a function holds no memory of a device."""
 
 
-def open_session(
-    bundle: Bundle, graph: str, provider: str, *, threads: int = 0, spelling: str = ""
-) -> Session:
-    """Open a graph of a bundle on the execution provider asked for, and on no other.
+class Sessions:
+    """A backend whose sessions have nothing in common."""
+
+    def __init__(
+        self, provider: str, opened: Callable[[str], Session], *, reduce_memory: bool = False
+    ) -> None:
+        """Take the provider's name and what opens the session of a graph."""
+        self.provider = provider
+        self._opened = opened
+        self._reduce_memory = reduce_memory
+        self._sessions: dict[str, Session] = {}
+
+    def session(self, graph: str) -> Session:
+        """Return the session of a graph."""
+        if graph not in self._sessions:
+            self._sessions[graph] = self._opened(graph)
+        return self._sessions[graph]
+
+    def release(self, graph: str) -> None:
+        """Close the session of a graph that is opened on demand."""
+        if self._reduce_memory and graph in ON_DEMAND and graph in self._sessions:
+            self._sessions.pop(graph).close()
+
+    @property
+    def notes(self) -> list[str]:
+        """What the sessions say of themselves, those that say anything."""
+        return [note for one in self._sessions.values() for note in getattr(one, "notes", ())]
+
+    def clone(self) -> "Sessions":
+        """Return a backend with clones of the sessions."""
+        twin = Sessions(self.provider, self._opened, reduce_memory=self._reduce_memory)
+        twin._sessions = {graph: session.clone() for graph, session in self._sessions.items()}
+        return twin
+
+    def close(self) -> None:
+        """Close all sessions."""
+        for session in self._sessions.values():
+            session.close()
+
+
+def open_backend(
+    bundle: Bundle,
+    provider: str,
+    *,
+    threads: int = 0,
+    spelling: str = "",
+    reduce_memory: bool = False,
+    engines: Path | None = None,
+) -> Backend:
+    """Open a bundle on the execution provider asked for, and on no other.
 
     Args:
         bundle: an opened bundle.
-        graph: name of the graph.
         provider: one of ``PROVIDERS``.
         threads: CPU threads; 0 takes as many as the process may use.
-        spelling: open the graph as it is spelled for another backend.
+        spelling: open graphs as they are spelled for another backend, where they are.
+        reduce_memory: keep decoder and encoder in memory only while they run.
+        engines: folder with engines of TensorRT that are not published yet.
 
     Raises:
         ProviderError: the provider or its package is not available here.
+        EngineError: TensorRT has no engines for this bundle and machine.
     """
     if provider not in PROVIDERS:
         raise ProviderError(f"provider must be one of {', '.join(PROVIDERS)}, got {provider!r}")
-    from mdruntime.ort import OrtSession
+    if provider == "tensorrt":
+        if spelling:
+            raise SamplingError("engines of TensorRT are spelled as they were built: no spelling")
+        from mdruntime.trt.backend import open_trt
 
-    path = bundle.path(graph, spelling)
-    return OrtSession(path, bundle.manifest.graphs[graph], provider, threads=threads)
+        return open_trt(bundle, reduce_memory=reduce_memory, engines=engines)
+    if engines is not None:
+        raise SamplingError(f"engines are TensorRT's; provider {provider!r} has none")
+
+    def opened(graph: str) -> Session:
+        return open_session(bundle, graph, provider, threads=threads, spelling=spelling)
+
+    return Sessions(provider, opened, reduce_memory=reduce_memory)
+
+
+def open_session(
+    bundle: Bundle, graph: str, provider: str, *, threads: int = 0, spelling: str = ""
+) -> Session:
+    """Open one graph of a bundle; the arguments are those of ``open_backend``.
+
+    Raises:
+        ProviderError: the provider or its package is not available here.
+        EngineError: TensorRT has no engines for this bundle and machine.
+    """
+    if provider == "tensorrt" or provider not in PROVIDERS:
+        return open_backend(bundle, provider, threads=threads, spelling=spelling).session(graph)
+    from mdruntime.ort import open_ort
+
+    return open_ort(bundle, graph, provider, threads=threads, spelling=spelling)

@@ -6,8 +6,8 @@ forced*: every pass gets the reference's tokens, whatever the graph drew before,
 that flips would change all that follows. The K/V caches, however, are the graph's own.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from mdruntime.bundle import Bundle
 from mdruntime.denoiser import CONDITION, Condition, conditioner
 from mdruntime.errors import BundleError
-from mdruntime.head import Draws, log_softmax
+from mdruntime.head import Draws
+from mdruntime.measures import compare, faults_of
 from mdruntime.session import Outputs, Session, open_session
 
 __all__ = [
@@ -25,7 +26,12 @@ __all__ = [
     "DECODER_VECTORS",
     "DENOISER_VECTORS",
     "ENCODER_VECTORS",
+    "Replay",
     "Verification",
+    "agreement",
+    "psnr",
+    "read_passes",
+    "recorded_inputs",
     "verify",
     "write_passes",
 ]
@@ -46,15 +52,19 @@ class Verification:
     """What was measured and what is allowed; true when all of it holds.
 
     Keys: ``log_prob`` and ``score`` (moments divided by beta, entropies, probabilities) are largest
-    absolute differences and must not exceed their limit; neither must ``token_shift``, the largest
-    change of a uniform number under which the reference draws the same token. ``psnr_db`` and
-    ``encoder_agreement`` must reach theirs. ``token_agreement``, the share of equal tokens, has no
-    limit: with a large codebook and flat distributions a rounding moves many a draw over an edge.
+    absolute differences, ``mean_log_prob`` is a mean one, of the tokens drawn; they must not exceed
+    their limit; neither must ``token_shift``, the largest change of a uniform number under which
+    the reference draws the same token. ``psnr_db``, ``encoder_agreement`` and ``close_agreement``,
+    the share of tokens whose shift is small, must reach theirs. ``token_agreement``, the share of
+    equal tokens, has no limit: with a large codebook and flat distributions a rounding moves many
+    a draw over an edge.
     """
 
     measured: dict[str, float]
     limits: dict[str, float]
     passes: int
+    faults: tuple[str, ...] = ()
+    """Sentences about outputs that hold NaN or an infinity: any fails the verification."""
 
     def __bool__(self) -> bool:
         """Return whether every measure is within its limit."""
@@ -62,8 +72,10 @@ class Verification:
 
     @property
     def failures(self) -> list[str]:
-        """Sentences about the measures that are outside their limits."""
-        found = []
+        """Sentences about faults, and about the measures that are outside their limits."""
+        found = [*self.faults[:_TOLD]]
+        if len(self.faults) > _TOLD:
+            found.append(f"and {len(self.faults) - _TOLD} more outputs that are not finite")
         for name, limit in self.limits.items():
             value = self.measured[name]
             # Written so that NaN fails.
@@ -74,7 +86,8 @@ class Verification:
         return found
 
 
-_AT_LEAST = ("psnr_db", "encoder_agreement")
+_AT_LEAST = ("psnr_db", "encoder_agreement", "close_agreement")
+_TOLD = 3  # faults that a message names; one NaN in a cache is in every output that follows
 
 
 def write_passes(path: Path, passes: Sequence[Arrays]) -> None:
@@ -89,7 +102,13 @@ def write_passes(path: Path, passes: Sequence[Arrays]) -> None:
     np.savez_compressed(path, allow_pickle=False, **arrays)
 
 
-def _read_passes(path: Path, names: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
+def read_passes(bundle: Bundle) -> list[dict[str, NDArray[Any]]]:
+    """Return the recorded passes of a bundle.
+
+    Raises:
+        BundleError: they cannot be read, or lack something.
+    """
+    path, names = bundle.folder / DENOISER_VECTORS, recorded_inputs(bundle)
     passes: dict[str, dict[str, NDArray[Any]]] = {}
     for key, array in _read_arrays(path).items():
         number, _, name = key.partition(".")
@@ -110,34 +129,50 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def verify(
-    bundle: Bundle, provider: str = "cpu", *, spelling: str = "", threads: int = 0
+    bundle: Bundle,
+    provider: str = "cpu",
+    *,
+    spelling: str = "",
+    threads: int = 0,
+    engines: Path | None = None,
 ) -> Verification:
     """Replay the bundle's test vectors on this machine.
 
     Args:
         bundle: an opened bundle.
         provider: the execution provider.
-        spelling: run the graph as it is spelled for another backend.
+        spelling: run the graphs as they are spelled for another backend: those that are.
         threads: CPU threads; 0 takes as many as the process may use.
+        engines: folder with engines of TensorRT that are not published yet.
+
+    Raises:
+        BundleError: test vectors are damaged, or the denoiser has no such spelling.
     """
-    names, condition = _feeds(bundle), None
-    passes = _read_passes(bundle.folder / DENOISER_VECTORS, names)
+    known = bundle.manifest.graphs["denoiser"].spellings
+    if spelling and spelling not in known:
+        names = ", ".join(known) or "none"
+        raise BundleError(f"the denoiser has no spelling {spelling!r}, only {names}; export again")
+    if provider == "tensorrt":  # sample by sample: its engines are built for so many
+        from mdruntime.trt.trial import verify_engines
+
+        return verify_engines(bundle, engines)
+    names, condition = recorded_inputs(bundle), None
+    passes = read_passes(bundle)
     if "condition" in bundle.manifest.graphs:
-        opened = open_session(bundle, "condition", provider, threads=threads)
+        opened = open_session(bundle, "condition", provider, threads=threads, spelling=spelling)
         condition = conditioner(opened, bundle.manifest.graphs["condition"])
     session = open_session(bundle, "denoiser", provider, threads=threads, spelling=spelling)
-    replay = _Replay(session, condition, names)
-    measured = _compare_passes(replay, passes, logits=not spelling)
+    replay = Replay(session, condition, names)
+    fetch = [*Draws._fields, *([] if spelling else ["logits"])]
+    measured = compare(zip(passes, replay.over(passes, fetch), strict=True))
     session.close()
-    limits = dict(bundle.manifest.verification.limits)
-    if not spelling:
-        measured |= _verify_images(bundle, provider, threads)
-    return Verification(
-        measured, {name: limit for name, limit in limits.items() if name in measured}, len(passes)
-    )
+    limits = bundle.manifest.verification.limits_of(spelling)
+    measured |= _verify_images(bundle, provider, threads, spelling)
+    held = {name: limit for name, limit in limits.items() if name in measured}
+    return Verification(measured, held, len(passes), tuple(replay.faults))
 
 
-def _feeds(bundle: Bundle) -> list[str]:
+def recorded_inputs(bundle: Bundle) -> list[str]:
     """Return the denoiser's inputs that a recording holds: neither caches nor conditions."""
     graph = bundle.manifest.graphs["denoiser"]
     caches = {name for name, _ in graph.caches}
@@ -150,89 +185,48 @@ def _feeds(bundle: Bundle) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Replay:
+class Replay:
     """Recorded passes go in, the graph's answers come out."""
 
     session: Session
     condition: Condition | None
     names: list[str]
+    faults: list[str] = field(default_factory=list)
+    """What was found in outputs that can be no number. Caches stay on the device: what is wrong in
+    them shows in the outputs of the passes that follow."""
 
-    def __call__(self, expected: Arrays, fetch: Sequence[str]) -> Outputs:
-        feeds = {name: expected[name] for name in self.names if name != CONDITIONED}
-        if self.condition is not None:
-            found = self.condition(expected[CONDITIONED])
-            feeds |= {CONDITION + name: values for name, values in found.items()}
-        if expected["canvas"]:
-            self.session.start(int(expected["canvas"]))
-        return self.session.run(feeds, fetch)
-
-
-def _compare_passes(
-    replay: _Replay, passes: list[dict[str, Any]], *, logits: bool
-) -> dict[str, float]:
-    log_prob = score = shift = equal = total = 0.0
-    for expected in passes:
-        found = replay(expected, [*Draws._fields, *(["logits"] if logits else [])])
-        same = found["sampled"] == expected["sampled"]
-        equal += float(same.sum())
-        total += same.size
-        # An error of the logits enters the log-moment times beta.
-        beta = expected["beta"][:, None]
-        score = _worst(score, (found["log_moment"] - expected["log_moment"]) / beta)
-        score = _worst(score, *(found[n] - expected[n] for n in ("entropy", "top", "margin")))
-        score = _worst(score, (found["log_prob"] - expected["log_prob"])[same])
-        shift = _worst(shift, _shifts(expected, found["sampled"][:, expected["shown"]]))
-        if logits:
-            shown = log_softmax(found["logits"][:, expected["shown"]])
-            log_prob = _worst(log_prob, shown - log_softmax(expected["logits"]))
-    result = {"score": score, "token_shift": shift, "token_agreement": equal / total}
-    return {"log_prob": log_prob, **result} if logits else result
+    def over(self, passes: Sequence[Arrays], fetch: Sequence[str]) -> Iterator[Outputs]:
+        """Yield the outputs of each pass, all of them checked."""
+        for number, expected in enumerate(passes):
+            where = f"pass {number}"
+            feeds = {name: expected[name] for name in self.names if name != CONDITIONED}
+            if self.condition is not None:
+                found = self.condition(expected[CONDITIONED])
+                self.faults.extend(faults_of(f"{where}, condition", found))
+                feeds |= {CONDITION + name: values for name, values in found.items()}
+            if expected["canvas"]:
+                self.session.start(int(expected["canvas"]))
+            outputs = self.session.run(feeds, fetch)
+            self.faults.extend(faults_of(where, outputs))
+            yield outputs
 
 
-def _shifts(expected: Arrays, tokens: NDArray[np.int32]) -> NDArray[np.floating]:
-    """Return how far each uniform lies outside the interval of the token that was drawn with it.
-
-    Args:
-        expected: a recorded pass; its logits decide where the intervals are.
-        tokens: what was drawn at the positions whose logits are known, (batch, n).
-    """
-    log_p = log_softmax(expected["logits"].astype(np.float64) / _wide(expected["temperature"]))
-    exponent = _wide(expected["token_beta"]) * log_p
-    weights = np.exp(exponent - exponent.max(axis=-1, keepdims=True))
-    above = np.cumsum(weights, axis=-1)
-    above /= above[..., -1:]
-    share = weights / weights.sum(axis=-1, keepdims=True)
-    index = tokens[..., None].astype(np.int64)
-    high = np.take_along_axis(above, index, axis=-1)[..., 0]
-    low = high - np.take_along_axis(share, index, axis=-1)[..., 0]
-    uniforms = expected["uniforms"][:, expected["shown"]]
-    return np.maximum(np.maximum(low - uniforms, uniforms - high), 0)
-
-
-def _wide(numbers: NDArray[np.floating]) -> NDArray[np.floating]:
-    return numbers.astype(np.float64)[:, None, None]
-
-
-def _worst(before: float, *differences: NDArray[np.floating]) -> float:
-    """Return the largest absolute value; NaN wins over every number."""
-    return float(np.max([before, *(np.abs(d).max(initial=0) for d in differences)]))
-
-
-def _verify_images(bundle: Bundle, provider: str, threads: int) -> dict[str, float]:
-    """Compare decoder and encoder, as far as the bundle has them."""
+def _verify_images(bundle: Bundle, provider: str, threads: int, spelling: str) -> dict[str, float]:
+    """Compare decoder and encoder, as far as the bundle has them in this spelling."""
     measured = {}
-    if "decoder" in bundle.manifest.graphs:
-        session = open_session(bundle, "decoder", provider, threads=threads)
-        measured["psnr_db"] = _compare_images(session, bundle.folder / DECODER_VECTORS)
-        session.close()
-    if "encoder" in bundle.manifest.graphs:
-        session = open_session(bundle, "encoder", provider, threads=threads)
-        measured["encoder_agreement"] = _compare_tokens(session, bundle.folder / ENCODER_VECTORS)
-        session.close()
+    for graph, name, measure, file in (
+        ("decoder", "psnr_db", psnr, DECODER_VECTORS),
+        ("encoder", "encoder_agreement", agreement, ENCODER_VECTORS),
+    ):
+        spec = bundle.manifest.graphs.get(graph)
+        if spec is not None and (not spelling or spelling in spec.spellings):
+            session = open_session(bundle, graph, provider, threads=threads, spelling=spelling)
+            measured[name] = measure(session, bundle.folder / file)
+            session.close()
     return measured
 
 
-def _compare_tokens(session: Session, path: Path) -> float:
+def agreement(session: Session, path: Path) -> float:
     """Return the share of an encoder's tokens that are the reference's."""
     arrays = _read_arrays(path)
     if not {"tokens", "images"} <= set(arrays):
@@ -241,7 +235,8 @@ def _compare_tokens(session: Session, path: Path) -> float:
     return float((found == arrays["tokens"]).mean())
 
 
-def _compare_images(session: Session, path: Path) -> float:
+def psnr(session: Session, path: Path) -> float:
+    """Return the peak signal-to-noise ratio of a decoder's images to the reference's, in dB."""
     arrays = _read_arrays(path)
     if not {"tokens", "images"} <= set(arrays):
         raise BundleError(f"{path.name} lacks tokens or images; export the bundle again")

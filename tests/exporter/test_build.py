@@ -16,8 +16,8 @@ from torch import Tensor
 import mdexport
 import mdruntime
 import mdzoo
+from mdexport import graphs, spelling
 from mdexport import head as torch_head
-from mdexport import spelling
 from mdexport.precision import LIMITS
 from mdexport.reference import record
 from mdruntime.bundle import open_bundle
@@ -126,7 +126,7 @@ def test_the_bundle_says_what_it_is(digits_bundle: Path) -> None:
     assert manifest.buckets == (8, 16, 32, 64, 65)
     limits, measured = manifest.verification.limits, manifest.verification.measured
     assert limits == LIMITS["fp32"]
-    assert measured.keys() == {*limits, "token_agreement"}
+    assert measured.keys() == {*limits, "token_agreement", "close_agreement", "mean_log_prob"}
     assert measured["log_prob"] < 5e-5
     report = (digits_bundle / "report.md").read_text()
     assert f"{measured['log_prob']:.6g}" in report
@@ -209,19 +209,21 @@ def _nudged(graph: ir.Model) -> None:
     value.const_value = ir.tensor(array, name=name)
 
 
-@pytest.mark.parametrize("victim", ["keep_softmax_in_float32", "spell_attention_out"])
+@pytest.mark.parametrize(
+    ("victim", "where"), [("keep_softmax_in_float32", ""), ("lower", "TensorRT spelling: ")]
+)
 def test_a_graph_that_computes_something_else_is_never_published(
-    victim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    victim: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine: Callable[[ir.Model], None] = getattr(spelling, victim)
+    module = spelling if hasattr(spelling, victim) else graphs
+    genuine: Callable[[ir.Model], None] = getattr(module, victim)
 
     def sabotaged(graph: ir.Model) -> None:
         genuine(graph)
         if graph.graph.outputs[0].name == "sampled":
             _nudged(graph)
 
-    monkeypatch.setattr(spelling, victim, sabotaged)
-    where = "" if victim == "keep_softmax_in_float32" else "TensorRT spelling: "
+    monkeypatch.setattr(module, victim, sabotaged)
     with pytest.raises(mdruntime.VerificationError, match=f"verification failed: {where}"):
         run_build(tiny_model(), tmp_path / "wrong")
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ import pytest
 import mdexport
 import mdruntime
 import mdzoo
+from mdexport.operators import misfits
 from mdexport.reference import record
 from mdruntime.bundle import open_bundle
 from mdruntime.verify import verify
@@ -66,6 +67,18 @@ def test_trajectories_are_those_of_the_pytorch_model(
     assert found.measured["token_shift"] < {"fp32": 1e-5, "fp16": 1e-2}[precision]
     assert found.measured["token_agreement"] > {"fp32": 0.999, "fp16": 0.97}[precision]
     assert found.passes >= 17
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", FAMILIES.SMALL)
+def test_every_graph_has_a_spelling_that_tensorrt_is_published_to_have(
+    built: Callable[[str, str], Path], family: str, precision: str
+) -> None:
+    bundle = open_bundle(built(family, precision), check=False)
+    for graph in bundle.manifest.graphs:
+        path = bundle.path(graph, "tensorrt")
+        assert path.name == f"{graph}.tensorrt.onnx"
+        assert misfits(path) == []
 
 
 @pytest.mark.parametrize("family", FAMILIES.SMALL)

@@ -103,7 +103,7 @@ def text_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     (folder / MANIFEST).write_bytes(dump(manifest))
     session = FunctionSession(letters_of_uniforms)
-    monkeypatch.setattr("mdruntime.runner.open_session", lambda *_, **__: session)
+    monkeypatch.setattr("mdruntime.session.open_session", lambda *_, **__: session)
     return folder
 
 

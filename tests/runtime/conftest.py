@@ -1,6 +1,7 @@
 """Fakes shared by the tests of the sampler: model-free denoisers that always see everything."""
 
 import runpy
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +107,75 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     return build
 
 
+@pytest.fixture(scope="session")
+def with_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function from a bundle to a copy of it with engines that the stand-in built.
+
+    It also takes the largest batch, a fusion barrier, a spelling, and options of the stand-in.
+    """
+    place, done = tmp_path_factory.mktemp("engines"), dict[Any, Path]()
+
+    def build(
+        folder: Path,
+        max_batch: int = 2,
+        *,
+        barrier: bool = False,
+        spelling: str = "tensorrt",
+        **played: Any,
+    ) -> Path:
+        key = (folder, max_batch, barrier, spelling, *sorted(played.items()))
+        if key not in done:
+            done[key] = place / f"{len(done)}-{folder.name}"
+            shutil.copytree(folder, done[key])
+            _add_engines(done[key], max_batch, barrier, spelling, played)
+        return done[key]
+
+    return build
+
+
+def _add_engines(
+    folder: Path, max_batch: int, barrier: bool, spelling: str, played: dict[str, Any]
+) -> None:
+    """Build plans in this process, and publish them without the verification on the device."""
+    from mdruntime.bundle import file_spec, open_bundle
+    from mdruntime.cuda import Cuda
+    from mdruntime.trt import api, builder, identity, profiles, store
+    from tests.standin import Options, StandIn
+
+    made, bundle = StandIn(Options(**played)), open_bundle(folder, check=False)
+    chosen = identity.BuildOptions(max_batch=max_batch)
+    here = identity.current(bundle, Cuda(made.library), made.trt, chosen)
+    place = folder / store.ENGINES / here.key
+    place.mkdir(parents=True)
+    plans = {}
+    for graph in bundle.manifest.graphs:
+        shapes = profiles.profiles(bundle.manifest, graph, chosen.ranges)
+        plan = place / f"{graph}.plan"
+        request = builder.PlanRequest(
+            graph=graph,
+            onnx=str(bundle.path(graph, spelling)),
+            plan=str(plan),
+            timing_cache=str(place / "timing.cache"),
+            profiles=shapes,
+            options=chosen,
+            workspace=1 << 26,
+            fusion_barrier=barrier and graph == "denoiser",
+        )
+        done = builder.build_plan(
+            made.trt, api.logger(made.trt), request, lambda *_: None, lambda: False
+        )
+        spec = file_spec(plan)
+        plans[graph] = store.PlanRecord(
+            spec.sha256, spec.bytes, shapes, 0.0, done.achieved.layers, done.device_bytes
+        )
+    now = store.now()
+    nothing: dict[str, float] = {}
+    record = store.EngineRecord(
+        store.RECORD_FORMAT, here, chosen, plans, barrier, nothing, nothing, nothing, 0.0, now, now
+    )
+    store.write_record(place, record)
+
+
 @dataclass
 class Script:
     """A text denoiser that wants a certain token at every position, and keeps what it is fed."""
@@ -168,7 +238,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[TextPipelin
         )
         script = Script(wanted, codebook)
         session = FunctionSession(script)
-        monkeypatch.setattr("mdruntime.runner.open_session", lambda *_, **__: session)
+        monkeypatch.setattr("mdruntime.session.open_session", lambda *_, **__: session)
         return TextPipeline(Runner(Bundle(folder, manifest), head="numpy")), script
 
     return build
@@ -230,7 +300,7 @@ def fake_device(
 
     def build(bundle: Bundle, **times: float) -> tuple[Runner, FakeDevice]:
         device = FakeDevice(codebook=bundle.manifest.denoiser.codebook, **times)  # type: ignore[arg-type]
-        monkeypatch.setattr("mdruntime.runner.open_session", lambda *_, **__: device)
+        monkeypatch.setattr("mdruntime.session.open_session", lambda *_, **__: device)
         return Runner(bundle), device
 
     return build

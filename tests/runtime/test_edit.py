@@ -63,7 +63,7 @@ def watched(
         sessions[graph] = Watching(open_session(bundle, graph, provider, **options))
         return sessions[graph]
 
-    monkeypatch.setattr("mdruntime.runner.open_session", opened)
+    monkeypatch.setattr("mdruntime.session.open_session", opened)
     bundle = mdruntime.open_bundle(small_bundle(request.param))
     return Pipeline(Runner(bundle)), sessions
 

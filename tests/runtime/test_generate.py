@@ -57,7 +57,7 @@ def with_denoiser(
     def opened(bundle: mdruntime.Bundle, graph: str, *options: Any, **more: Any) -> Session:
         return session if graph == "denoiser" else open_session(bundle, graph, *options, **more)
 
-    monkeypatch.setattr("mdruntime.runner.open_session", opened)
+    monkeypatch.setattr("mdruntime.session.open_session", opened)
     return mdruntime.Pipeline(Runner(bundle, head=head))
 
 

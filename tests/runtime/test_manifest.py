@@ -17,8 +17,10 @@ from mdruntime.manifest import (
     FileSpec,
     GraphSpec,
     ImageSpec,
+    Island,
     Manifest,
     PromptSpec,
+    SpellingRecord,
     TensorSpec,
     TextSpec,
     VerificationRecord,
@@ -32,7 +34,7 @@ from mdruntime.study import Study, StudyRow
 Data = dict[str, Any]
 
 TINY = Manifest(
-    format=3,
+    format=4,
     name="tiny",
     family="maskgit",
     task="class to image",
@@ -51,6 +53,7 @@ TINY = Manifest(
             outputs=(TensorSpec("present.0.key", "float16", ("rows", 2, 5, 8)),),
             caches=(("past.0.key", "present.0.key"),),
             float32_operators=("Softmax",),
+            float32_islands=(Island("blocks.0.mlp.down", 70000),),
         )
     },
     buckets=(5,),
@@ -59,7 +62,12 @@ TINY = Manifest(
         "denoiser.onnx": FileSpec("1" * 64, 10),
         "graphs/denoiser.tensorrt.onnx": FileSpec("2" * 64, 20),
     },
-    verification=VerificationRecord("PyTorch", {"log_prob": 0.05}, {"log_prob": 1e-05}),
+    verification=VerificationRecord(
+        "PyTorch",
+        {"log_prob": 0.05},
+        {"log_prob": 1e-05},
+        {"tensorrt": SpellingRecord("on the CPU", {"score": 1}, {"score": 0.5})},
+    ),
     toolchain={"mdexport": "0.1.0"},
     study=Study(
         "frechet",
@@ -69,8 +77,8 @@ TINY = Manifest(
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "manifest.json"
-GOLDEN_DIGEST = "cf0bba681f2b075a2eb80c3cd1f51fbb89a8bc45e7dec205d39257bd4301bb68"
-GOLDEN_FILE = "0ad4d15901540e9d35d541a00855a59f3a278bbb5a82df1e01a9e9817bc8d8d1"
+GOLDEN_DIGEST = "5d5cbc3735ee0cb1b4e09e5ca2f270ac966054aa3fa3d71f553db76eabecc359"
+GOLDEN_FILE = "ae10ff5a2abffe1a9f2c7db7c9755f98bc6518e16cef6a5b8d43f210d5696097"
 
 
 def rejection(raw: bytes) -> str:
@@ -199,7 +207,7 @@ def test_json_without_a_format_is_refused(raw: bytes) -> None:
 @pytest.mark.parametrize("number", [0, 1, 99, -1])
 def test_a_manifest_of_another_format_says_which_and_what_to_do(number: int) -> None:
     message = rejection(signed({**tiny(), "format": number}))
-    assert f"has format {number}, this mdruntime reads format 3" in message
+    assert f"has format {number}, this mdruntime reads format 4" in message
     assert "install the mdruntime that belongs to the exporter" in message
 
 

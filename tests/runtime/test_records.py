@@ -68,7 +68,7 @@ def _set(data: Data, path: str, value: object) -> Data:
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        ("format", True, "has format True, this mdruntime reads format 3"),
+        ("format", True, "has format True, this mdruntime reads format 4"),
         ("name", 5, "manifest.name must be a text, got 5"),
         ("weights", [], "manifest.weights must be an object, got []"),
         ("weights/seed", "1", "manifest.weights.seed must be an integer, got '1'"),

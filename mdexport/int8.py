@@ -1,0 +1,77 @@
+"""The denoiser's spelling in int8: calibrated in several ways, the best of which is written."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from mdexport.calibration import CALIBRATIONS, Histogram, histograms
+from mdexport.graphs import TENSORRT, Passes
+from mdexport.operators import require_listed
+from mdexport.quantise import export_weights, products, quantise
+from mdexport.replay import replay
+from mdexport.retype import rounded
+from mdruntime.errors import VerificationError
+from mdruntime.head import Draws
+from mdruntime.manifest import GraphSpec
+from mdruntime.measures import compare
+
+__all__ = ["INT8", "write_int8"]
+
+INT8 = "tensorrt-int8"
+"""Name of the spelling."""
+
+
+def write_int8(
+    folder: Path,
+    spec: GraphSpec,
+    low: ir.DataType | None,
+    trajectories: Passes,
+    reference: Passes,
+) -> str:
+    """Write the denoiser with the products of its blocks in int8; return how it was calibrated.
+
+    Args:
+        folder: of the bundle, where the spelling for TensorRT lies already.
+        spec: of the denoiser.
+        low: the type of its operators; None where that is float32.
+        trajectories: recorded passes of all rounds, for calibration.
+        reference: recorded passes with the reference's answers, on which the ways are compared.
+
+    Raises:
+        VerificationError: the model has no products in numbered blocks.
+    """
+    source, target = folder / spec.spellings[TENSORRT], folder / f"denoiser.{INT8}.onnx"
+    names = _activations(source)
+    if not names:
+        raise VerificationError(
+            "int8 needs matrix products in modules that stand in a numbered list, such as "
+            "blocks.0.mlp; the model has none, so build it without --int8"
+        )
+    found = histograms(source, low, trajectories(), names, spec.caches)
+    errors = {}
+    for way in CALIBRATIONS:
+        graph = _quantised(source, target, found, way)
+        if low is not None:
+            rounded(graph.graph, low)
+        answers = replay(graph, folder / "trial.onnx", reference(), Draws._fields, spec.caches)
+        error = compare(zip(reference(), answers, strict=True))["mean_log_prob"]
+        errors[way] = error if math.isfinite(error) else math.inf
+    best = min(errors, key=lambda way: errors[way])
+    ir.save(_quantised(source, target, found, best), target)
+    require_listed(target)
+    return best
+
+
+def _activations(source: Path) -> Sequence[str]:
+    graph = ir.load(source).graph
+    return list(dict.fromkeys(str(product.activation.name) for product in products(graph)))
+
+
+def _quantised(source: Path, target: Path, found: dict[str, Histogram], way: str) -> ir.Model:
+    """Return the graph in int8; its weights lie in a file beside ``target``."""
+    graph = ir.load(source)
+    bounds = {name: CALIBRATIONS[way](histogram) for name, histogram in found.items()}
+    export_weights(quantise(graph.graph, bounds), target.with_suffix(".weights"))
+    return graph

@@ -1,0 +1,1 @@
+"""Engines of TensorRT: built, checked and driven on the device, without PyTorch."""
