@@ -79,6 +79,7 @@ def _spell_equal(graph: ir.Graph, node: ir.Node) -> None:
 def _replace(graph: ir.Graph, node: ir.Node, tape: Tape, result: ir.Value) -> None:
     """Put what a tape has recorded in the place of a node."""
     old = node.outputs[0]
+    assert old.dtype is not None  # every value of a traced graph has a type
     result.shape, result.type, result.name = old.shape, old.type, f"{old.name}.spelled"
     for value in (made for recorded in tape.nodes for made in recorded.outputs):
         value.dtype = old.dtype  # all of them have one type

@@ -150,8 +150,8 @@ def verify(
     """
     known = bundle.manifest.graphs["denoiser"].spellings
     if spelling and spelling not in known:
-        names = ", ".join(known) or "none"
-        raise BundleError(f"the denoiser has no spelling {spelling!r}, only {names}; export again")
+        there = ", ".join(known) or "none"
+        raise BundleError(f"the denoiser has no spelling {spelling!r}, only {there}; export again")
     if provider == "tensorrt":  # sample by sample: its engines are built for so many
         from mdruntime.trt.trial import verify_engines
 

@@ -123,6 +123,12 @@ def test_a_model_of_ordinary_range_has_no_islands(in_int8: Path) -> None:
     assert "islands" not in (in_int8 / "report.md").read_text()
 
 
+def test_a_spelling_that_is_not_there_is_not_verified_as_another(build: Build) -> None:
+    bundle = open_bundle(build("plain", precision="fp16"))
+    with pytest.raises(mdruntime.BundleError, match=r"no spelling 'tensorrt-int8', only tensorrt;"):
+        verify(bundle, spelling="tensorrt-int8")
+
+
 def test_a_weight_that_a_precision_cannot_hold_is_named() -> None:
     module = torch.nn.Linear(2, 2)
     with torch.no_grad():
