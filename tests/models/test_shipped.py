@@ -113,6 +113,14 @@ def test_shipped_studies_are_of_the_shipped_weights(name: str) -> None:
     assert best.quality == min(some.quality for some in model.study.rows)
 
 
+def test_nine_of_ten_glyphs_of_the_best_preset_are_recognised() -> None:
+    study = load("glyphs").study
+    assert study is not None
+    best = chosen(study.rows)["best"]
+    assert best.samples >= 1000
+    assert best.scores["accuracy"] >= 0.9  # by a classifier of other images, see judges.py
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
     """Return images and labels of fonts that are on every machine."""
