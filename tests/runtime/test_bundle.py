@@ -16,10 +16,12 @@ from mdruntime.verify import DECODER_VECTORS, DENOISER_VECTORS, verify
 
 FILES = (
     "decoder.onnx",
+    "decoder.tensorrt.onnx",
     "denoiser.onnx",
     "denoiser.tensorrt.onnx",
     "denoiser.weights",
     "encoder.onnx",
+    "encoder.tensorrt.onnx",
     "report.md",
     "verify/decoder.npz",
     "verify/denoiser.npz",

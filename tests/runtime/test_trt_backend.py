@@ -57,7 +57,7 @@ def test_every_kind_of_model_draws_what_the_cpu_draws(
     engines = with_engines(small_bundle(family))
     device = install(monkeypatch)  # not before torch, which would look at it, has done its part
     for folder, provider in ((small_bundle(family), "cpu"), (engines, "tensorrt")):
-        with mdruntime.load(folder, provider, check=False) as pipeline:
+        with mdruntime.load(folder, provider, check=False, threads=1) as pipeline:
             assert pipeline.provider == provider
             found.append([finished(pipeline, seed=seed, **options) for seed in range(3)])
     np.testing.assert_array_equal(found[0], found[1])
@@ -72,7 +72,7 @@ def test_texts_of_any_length_are_those_of_the_cpu(
     device = install(monkeypatch)
     options: dict[str, Any] = {"substeps": 2, "order": "moment", "schedule": "cosine"}
     for provider, folder in folders.items():
-        with mdruntime.load_text(folder, provider, check=False) as pipeline:
+        with mdruntime.load_text(folder, provider, check=False, threads=1) as pipeline:
             found.append(
                 [
                     pipeline.generate(count=2, length=n, rounds=min(n, 4), seed=n, **options)
@@ -109,7 +109,7 @@ def test_clones_run_in_two_threads_and_share_their_engines(
     digits_bundle: Path, with_engines: WithEngines, device: StandIn
 ) -> None:
     options: dict[str, Any] = {"rounds": 4, "substeps": 2, "guidance": 1.0}
-    with mdruntime.load(digits_bundle, check=False) as pipeline:
+    with mdruntime.load(digits_bundle, check=False, threads=1) as pipeline:
         expected = {label: finished(pipeline, labels=[label], **options) for label in (3, 7)}
     found: dict[int, list[Any]] = {3: [], 7: []}
     with mdruntime.load(with_engines(digits_bundle), "tensorrt", check=False) as pipeline:
@@ -172,7 +172,7 @@ def test_with_reduced_memory_decoder_and_encoder_come_and_go(
     digits_bundle: Path, with_engines: WithEngines, device: StandIn
 ) -> None:
     folder = with_engines(digits_bundle)
-    with mdruntime.load(digits_bundle, check=False) as pipeline:
+    with mdruntime.load(digits_bundle, check=False, threads=1) as pipeline:
         expected = pipeline.generate([3], seed=0, rounds=2)
     with mdruntime.load(folder, "tensorrt", check=False, reduce_memory=True) as pipeline:
         before = len(device.device.memory.live())

@@ -41,7 +41,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 
 
 def images_of(folder: Path, provider: str, options: dict[str, Any], **more: Any) -> Any:
-    with mdruntime.load(folder, provider, check=False, **more) as pipeline:
+    with mdruntime.load(folder, provider, check=False, threads=1, **more) as pipeline:
         return pipeline.generate([3, 1, 4], seed=5, batch_size=2, **options)
 
 
@@ -91,7 +91,7 @@ def test_samples_that_finish_early_drop_out(
     options: dict[str, Any] = {"rounds": 6, "substeps": 2, "guidance": 1.0, "seed": 1}
     found = []
     for folder, provider in ((digits_bundle, "cpu"), (with_engines(digits_bundle), "tensorrt")):
-        with mdruntime.load(folder, provider, check=False) as pipeline:
+        with mdruntime.load(folder, provider, check=False, threads=1) as pipeline:
             counted = pipeline.counted()
             found.append(list(pipeline.steps([3, 4], tokens=canvas, **options))[-1].tokens)
             assert {shape.samples for shape in counted.shapes} == {1, 2}
@@ -135,7 +135,7 @@ def pair(
     """A bundle, its denoiser on TensorRT, and on ONNX Runtime."""
     folder = with_engines(digits_bundle)
     bundle = mdruntime.open_bundle(folder, check=False)
-    reference = open_session(bundle, "denoiser", "cpu", spelling="tensorrt")
+    reference = open_session(bundle, "denoiser", "cpu", threads=1, spelling="tensorrt")
     session = open_backend(bundle, "tensorrt").session("denoiser")
     assert isinstance(session, TrtSession)
     for each in (session, reference):
@@ -213,7 +213,7 @@ def test_each_profile_shape_and_side_of_the_caches_becomes_one_graph_after_two_r
     digits_bundle: Path, with_engines: WithEngines, device: StandIn
 ) -> None:
     options: dict[str, Any] = {"rounds": 5, "substeps": 2, "guidance": 1.0}
-    with mdruntime.load(digits_bundle, check=False) as pipeline:
+    with mdruntime.load(digits_bundle, check=False, threads=1) as pipeline:
         expected = list(pipeline.steps([1, 2], seed=0, **options))[-1].tokens
     seen = Counter[Any]()
     with mdruntime.load(with_engines(digits_bundle), "tensorrt", check=False) as pipeline:
