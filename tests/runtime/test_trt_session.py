@@ -98,14 +98,16 @@ def test_samples_that_finish_early_drop_out(
     np.testing.assert_array_equal(found[0], found[1])
 
 
-def feeds_of(folder: Path, rows: Sequence[Sequence[int]], wanted: int, seed: int = 0) -> Feeds:
+CANVAS, CODEBOOK, DROPPED = 65, 17, 28  # of digits: the class row comes last
+
+
+def feeds_of(rows: Sequence[Sequence[int]], wanted: int, seed: int = 0) -> Feeds:
     """Feeds of a guided pass over canvas rows of samples, each row of a random id."""
-    spec = mdruntime.open_bundle(folder, check=False).manifest.denoiser
     rng = np.random.default_rng(seed)
     batch = len(rows)
     positions = np.array([*rows, *rows], np.int32)
-    ids: NDArray[np.int32] = rng.integers(0, spec.codebook, positions.shape).astype(np.int32)
-    ids[positions == spec.canvas - 1] = spec.context[0].dropped
+    ids: NDArray[np.int32] = rng.integers(0, CODEBOOK, positions.shape).astype(np.int32)
+    ids[positions == CANVAS - 1] = DROPPED
     ones: NDArray[np.float32] = np.ones(batch, np.float32)
     return {
         "tokens": ids,
@@ -121,7 +123,7 @@ def feeds_of(folder: Path, rows: Sequence[Sequence[int]], wanted: int, seed: int
     }
 
 
-def compared(folder: Path, session: Session, reference: Session, feeds: Feeds) -> None:
+def compared(session: Session, reference: Session, feeds: Feeds) -> None:
     fetch = list(Draws._fields)
     found, expected = session.run(feeds, fetch), reference.run(feeds, fetch)
     for name in fetch:
@@ -131,48 +133,49 @@ def compared(folder: Path, session: Session, reference: Session, feeds: Feeds) -
 @pytest.fixture
 def pair(
     digits_bundle: Path, with_engines: WithEngines, device: StandIn
-) -> Iterator[tuple[Path, TrtSession, Session]]:
-    """A bundle, its denoiser on TensorRT, and on ONNX Runtime."""
-    folder = with_engines(digits_bundle)
-    bundle = mdruntime.open_bundle(folder, check=False)
+) -> Iterator[tuple[TrtSession, Session]]:
+    """The denoiser of digits on TensorRT, and on ONNX Runtime."""
+    bundle = mdruntime.open_bundle(with_engines(digits_bundle), check=False)
+    spec = bundle.manifest.denoiser
+    assert (spec.canvas, spec.codebook, spec.context[0].dropped) == (CANVAS, CODEBOOK, DROPPED)
     reference = open_session(bundle, "denoiser", "cpu", threads=1, spelling="tensorrt")
     session = open_backend(bundle, "tensorrt").session("denoiser")
     assert isinstance(session, TrtSession)
     for each in (session, reference):
         each.start(65)
-    yield folder, session, reference
+    yield session, reference
     session.close()
     reference.close()
 
 
-Pair = tuple[Path, TrtSession, Session]
+Pair = tuple[TrtSession, Session]
 
 
 def test_passes_of_every_size_are_padded_to_their_bucket_and_answer_the_same(pair: Pair) -> None:
-    folder, session, reference = pair
-    compared(folder, session, reference, feeds_of(folder, [range(65)] * 2, 65))
+    session, reference = pair
+    compared(session, reference, feeds_of([range(65)] * 2, 65))
     for m in (1, 7, 8, 9, 16, 31, 33, 64, 65):
         rows = [range(m), range(65 - m, 65)]
         for wanted in sorted({1, (m + 1) // 2, m}):
-            compared(folder, session, reference, feeds_of(folder, rows, wanted, seed=m))
+            compared(session, reference, feeds_of(rows, wanted, seed=m))
 
 
 def test_a_pass_with_fewer_sequences_keeps_the_caches_of_the_others(pair: Pair) -> None:
-    folder, session, reference = pair
-    compared(folder, session, reference, feeds_of(folder, [range(65)] * 2, 65))
+    session, reference = pair
+    compared(session, reference, feeds_of([range(65)] * 2, 65))
     for turn, batch in enumerate((1, 2, 1, 1, 2, 2)):
         rows = [range(turn, turn + 9)] * batch
-        compared(folder, session, reference, feeds_of(folder, rows, 9, seed=turn))
+        compared(session, reference, feeds_of(rows, 9, seed=turn))
 
 
 def test_a_pass_that_fails_leaves_the_caches_as_they_were(device: StandIn, pair: Pair) -> None:
-    folder, session, reference = pair
-    compared(folder, session, reference, feeds_of(folder, [range(65)], 65))
+    session, reference = pair
+    compared(session, reference, feeds_of([range(65)], 65))
     for name in ("cudaMemcpyAsync", "cudaStreamSynchronize"):
         device.library.fail(name, 719)
         with pytest.raises(ProviderError, match=f"{name} failed with cudaErrorLaunchFailure"):
-            session.run(feeds_of(folder, [range(8)], 8, seed=1), ["sampled"])
-        compared(folder, session, reference, feeds_of(folder, [range(8)], 8, seed=2))
+            session.run(feeds_of([range(8)], 8, seed=1), ["sampled"])
+        compared(session, reference, feeds_of([range(8)], 8, seed=2))
 
 
 def aligned(count: int, width: int = 4) -> int:
@@ -238,10 +241,10 @@ def test_each_profile_shape_and_side_of_the_caches_becomes_one_graph_after_two_r
 def test_a_capture_that_fails_is_told_once_and_passes_go_on_without(
     pair: Pair, device: StandIn, function: str
 ) -> None:
-    folder, session, reference = pair
+    session, reference = pair
     device.library.fail(function, 900)
     for turn in range(8):
-        compared(folder, session, reference, feeds_of(folder, [range(65)], 65, seed=turn))
+        compared(session, reference, feeds_of([range(65)], 65, seed=turn))
     (note,) = session.notes
     assert note.startswith("denoiser.plan: no CUDA graphs from now on, which makes passes slower: ")
     assert f"{function} failed with cudaErrorStreamCaptureUnsupported" in note
@@ -251,7 +254,7 @@ def test_a_capture_that_fails_is_told_once_and_passes_go_on_without(
 def test_what_cannot_be_captured_is_run_without_a_graph(
     pair: Pair, device: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, session, reference = pair
+    session, reference = pair
     enqueue = Context.enqueue
 
     def allocating(context: Context, stream: Stream) -> None:
@@ -260,7 +263,7 @@ def test_what_cannot_be_captured_is_run_without_a_graph(
 
     monkeypatch.setattr(Context, "enqueue", allocating)
     for turn in range(8):
-        compared(folder, session, reference, feeds_of(folder, [range(65)], 65, seed=turn))
+        compared(session, reference, feeds_of([range(65)], 65, seed=turn))
     (note,) = session.notes
     assert "no CUDA graphs from now on" in note
     assert "capture" in note
@@ -268,11 +271,11 @@ def test_what_cannot_be_captured_is_run_without_a_graph(
 
 
 def test_memory_that_moves_takes_its_graphs_along(device: StandIn, pair: Pair) -> None:
-    folder, session, reference = pair
+    session, reference = pair
     for batch in (1, 2, 1):  # two samples need larger caches and blocks than one
         for turn in range(12):
             rows = [range(65) if turn % 4 == 0 else range(turn, turn + 8)] * batch
-            compared(folder, session, reference, feeds_of(folder, rows, 8, seed=turn))
+            compared(session, reference, feeds_of(rows, 8, seed=turn))
         assert session.graphs > 0
     assert device.counters.launches > 0
 
@@ -302,38 +305,38 @@ def test_a_larger_batch_than_was_built_for_is_refused_with_the_command(
 
 
 def test_inputs_and_outputs_that_are_not_the_graphs_are_refused(pair: Pair) -> None:
-    folder, session, _ = pair
-    feeds = dict(feeds_of(folder, [range(65)], 65))
+    session, _ = pair
+    feeds = dict(feeds_of([range(65)], 65))
     with pytest.raises(BundleError, match="the graph has no output nothing"):
         session.run(feeds, ["nothing"])
     with pytest.raises(EngineError, match=r"not built for inputs .*positions \[2, 66\]"):
-        session.run(feeds_of(folder, [range(66)], 1), ["sampled"])
+        session.run(feeds_of([range(66)], 1), ["sampled"])
     del feeds["uniforms"]
     with pytest.raises(BundleError, match="the graph needs the input uniforms"):
         session.run(feeds, ["sampled"])
 
 
 def test_a_closed_session_says_so_and_closes_twice(pair: Pair) -> None:
-    folder, session, _ = pair
+    session, _ = pair
     session.close()
     session.close()
     with pytest.raises(BundleError, match="closed; load the bundle again"):
-        session.run(feeds_of(folder, [range(65)], 65), ["sampled"])
+        session.run(feeds_of([range(65)], 65), ["sampled"])
     with pytest.raises(BundleError, match="closed"):
         session.clone()
 
 
 def test_a_clone_of_a_session_has_caches_of_its_own(pair: Pair) -> None:
-    folder, session, reference = pair
+    session, reference = pair
     twin, other = session.clone(), reference.clone()
     for one, spare, seed in ((session, reference, 0), (twin, other, 1)):
         one.start(65)
         spare.start(65)
-        compared(folder, one, spare, feeds_of(folder, [range(65)], 65, seed=seed))
+        compared(one, spare, feeds_of([range(65)], 65, seed=seed))
     for turn in range(4):
-        feeds = feeds_of(folder, [range(8)], 8, seed=turn)
-        compared(folder, session, reference, feeds)
-        compared(folder, twin, other, feeds)
+        feeds = feeds_of([range(8)], 8, seed=turn)
+        compared(session, reference, feeds)
+        compared(twin, other, feeds)
     twin.close()
-    compared(folder, session, reference, feeds_of(folder, [range(8)], 8, seed=9))
+    compared(session, reference, feeds_of([range(8)], 8, seed=9))
     other.close()
