@@ -132,7 +132,7 @@ def _say(tuning: Tuning, bundle: Bundle, machine: Machine, batch: int) -> None:
 def _say_rows(tuning: Tuning, choice: Estimate) -> None:
     """Print the rows that no other one beats and the choice; the rest only as a number."""
     shown = [e for e in tuning.estimates if e.row.name in tuning.front or e is choice]
-    title = f"{'sampler':24} {'rounds':>8} {'ms':>9} {'quality':>8} {'95 % interval':>17}"
+    title = f"{'sampler':28} {'rounds':>6} {'ms':>9} {'quality':>7} {'95 % interval':>16}"
     print(f"\n  {title} {'cost':>7}")
     for estimate in shown:
         print(_line(estimate, chosen=estimate is choice))
@@ -150,7 +150,7 @@ def _line(estimate: Estimate, *, chosen: bool) -> str:
     ms = f"{'' if estimate.foreseen else '~'}{estimate.ms:.1f}"
     interval = f"{row.low:.4g} to {row.high:.4g}"
     return (
-        f"{mark} {row.name[:24]:24} {rounds:>8} {ms:>9} {row.quality:8.4g} {interval:>17} "
+        f"{mark} {row.name[:28]:28} {rounds:>6} {ms:>9} {row.quality:7.4g} {interval:>16} "
         f"{row.cost:7.4g}"
     )
 

@@ -154,7 +154,7 @@ def tune(
 ) -> Tuning:
     """Measure what passes cost here and foresee how long every row of the study takes.
 
-    Whole samples of the row in the middle are measured too, to calibrate the predictions.
+    Whole samples of three rows are measured too, to calibrate the predictions.
 
     Args:
         runner: of the bundle, on the provider and the threads in question.
@@ -172,31 +172,46 @@ def tune(
     needed = [(shape, plan.logits) for plan in plans.values() for shape in plan.shapes]
     costs = measure(runner, needed, batch=batch, repeats=repeats, seconds=seconds, clock=clock)
     ms = {name: predicted_ms(costs, plan) for name, plan in plans.items()}
-    known = sorted((r for r in rows if not r.sampling.entropy_bound), key=lambda r: ms[r.name])
-    for row in known[len(known) // 2 :][:1]:
-        sampling = {row.name: row.sampling}
-        times = time_samplings(
-            runner, sampling, batch=batch, repeats=repeats, seconds=seconds, clock=clock
-        )
-        ms = calibrated(ms, plans, row.name, float(np.median(times[row.name])))
+    some = {row.name: row.sampling for row in _typical(rows, ms, plans)}
+    times = time_samplings(runner, some, batch=batch, repeats=repeats, seconds=seconds, clock=clock)
+    ms = calibrated(ms, plans, {name: float(np.median(runs)) for name, runs in times.items()})
     found = [Estimate(row, ms[row.name], not row.sampling.entropy_bound) for row in rows]
     found.sort(key=lambda estimate: estimate.ms)
     front = tuple(row.name for row in pareto(rows, lambda row: ms[row.name]))
     return Tuning(tuple(found), front, costs.noise)
 
 
+def _typical(
+    rows: Sequence[StudyRow], ms: Mapping[str, float], plans: Mapping[str, Forecast]
+) -> list[StudyRow]:
+    """Return rows with short, middling and long passes, of those that do not take long."""
+    known = sorted((r for r in rows if not r.sampling.entropy_bound), key=lambda r: ms[r.name])
+    quick = known[: len(known) // 2 + 1]
+    quick.sort(key=lambda row: (ms[row.name] / plans[row.name].passes, ms[row.name]))
+    places = {0, len(quick) // 2, len(quick) - 1} if quick else set()
+    return [quick[place] for place in sorted(places)]
+
+
 def calibrated(
-    ms: Mapping[str, float], plans: Mapping[str, Forecast], name: str, measured: float
+    ms: Mapping[str, float], plans: Mapping[str, Forecast], measured: Mapping[str, float]
 ) -> dict[str, float]:
-    """Return predictions corrected by a row of which whole samples were measured.
+    """Return predictions corrected by rows of which whole samples were measured.
 
     Between passes the caches of the CPU go to other work and threads fall asleep, which passes
-    that are run for nothing but their time do not show. What is missing is laid on each pass alike.
+    that are run for nothing but their time do not show; and a machine may be faster or slower by
+    now. So times are stretched by a factor and something is added for each pass, with the least
+    squares of the relative errors; what is added must not be negative.
     """
-    missing = (measured - ms[name]) / plans[name].passes
-    if missing < 0:  # all took less than foreseen: what is laid on passes must not become negative
-        return {row: time * measured / ms[name] for row, time in ms.items()}
-    return {row: time + missing * plans[row].passes for row, time in ms.items()}
+    names = [name for name in measured if measured[name] > 0]
+    if not names:
+        return dict(ms)
+    terms = np.array([(ms[name], plans[name].passes) for name in names], np.float64)
+    terms /= np.array([[measured[name]] for name in names])
+    ones = np.ones(len(names))
+    factor, added = np.linalg.lstsq(terms, ones, rcond=None)[0]
+    if added < 0 or factor <= 0 or len(names) == 1:
+        (factor,), added = np.linalg.lstsq(terms[:, :1], ones, rcond=None)[0], 0.0
+    return {name: float(factor * ms[name] + added * plans[name].passes) for name in ms}
 
 
 def pick(tuning: Tuning, *, budget_ms: float = 0.0, quality: str = "") -> Estimate:

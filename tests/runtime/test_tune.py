@@ -154,18 +154,22 @@ def test_an_entropy_bound_costs_as_many_full_passes_as_the_study_counted(
     assert not any(e.foreseen for e in tuning.estimates)
 
 
-def test_whole_samples_correct_the_prediction_pass_by_pass() -> None:
+def test_whole_samples_correct_the_predictions() -> None:
     shape = PassShape(1, 1, 65, 64, 65)
     plans = {
         "few": Forecast((shape,) * 2, False, 0.0),
-        "many": Forecast((shape,) * 8, False, 0.0),
+        "many": Forecast((shape,) * 16, False, 0.0),
         "bound": Forecast((shape,) * 4, False, 0.0, 1.25),
     }
     ms = {"few": 20.0, "many": 80.0, "bound": 50.0}
-    slower = calibrated(ms, plans, "many", 84.0)
-    assert slower == pytest.approx({"few": 21, "many": 84, "bound": 52.5})
-    faster = calibrated(ms, plans, "many", 72.0)
-    assert faster == pytest.approx({"few": 18, "many": 72, "bound": 45})
+    longer = calibrated(ms, plans, {"few": 23.0, "many": 96.0})  # 1.1 times, and 0.5 a pass
+    assert longer == pytest.approx({"few": 23.0, "many": 96.0, "bound": 57.5})
+    stretched = calibrated(ms, plans, {"few": 18.0, "many": 72.0})
+    assert stretched == pytest.approx({"few": 18, "many": 72, "bound": 45})
+    shrunk = calibrated(ms, plans, {"few": 22.0, "many": 72.0})  # would take time from each pass
+    assert shrunk["few"] / ms["few"] == pytest.approx(shrunk["many"] / ms["many"])
+    assert calibrated(ms, plans, {"many": 72.0}) == pytest.approx(stretched)
+    assert calibrated(ms, plans, {}) == ms
 
 
 @pytest.mark.parametrize(
