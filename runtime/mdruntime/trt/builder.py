@@ -134,9 +134,14 @@ def _profile(builder: Any, profile: Profile) -> Any:
 def _add_timings(config: Any, path: Path) -> bool:
     """Let the builder use and extend a timing cache; one of another device is left out."""
     known = path.read_bytes() if path.is_file() else b""
-    if known and config.set_timing_cache(config.create_timing_cache(known), False):
+    found = (
+        config.create_timing_cache(known) if known else None
+    )  # None: damaged, or of another version
+    if found is not None and config.set_timing_cache(found, False):
         return True
-    config.set_timing_cache(config.create_timing_cache(b""), False)
+    empty = config.create_timing_cache(b"")
+    if empty is not None:
+        config.set_timing_cache(empty, False)
     return False
 
 
