@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdexport.describe import describe
+from mdexport.dynamic import CPU_INT8, write_cpu_int8
 from mdexport.folder import prepare, publish, require_space
 from mdexport.graphs import Writer
 from mdexport.int8 import INT8, write_int8
@@ -53,7 +54,8 @@ class Options:
 
     precision: str = "fp32"
     int8: bool = False
-    """Add a spelling of the denoiser for TensorRT with the products of its blocks in int8."""
+    """Add a spelling of the denoiser with the products of its blocks in int8: for CPUs where the
+    precision is float32, for TensorRT otherwise."""
     logits: bool = False
     """Let the TensorRT spelling return logits too; ONNX Runtime computes them only when asked."""
     encoder: bool = True
@@ -118,7 +120,19 @@ class _Work:
         return self._told("denoiser")
 
     def int8(self) -> str:
-        """Write the denoiser in int8, calibrated on trajectories of their own."""
+        """Write the denoiser in int8, for the processors that the precision is for."""
+        if self.options.precision == "fp32":
+            return self._cpu_int8()
+        return self._tensorrt_int8()
+
+    def _cpu_int8(self) -> str:
+        spec, file = self.graphs["denoiser"], f"denoiser.{CPU_INT8}.onnx"
+        count = write_cpu_int8(self.folder / spec.file, self.folder / file)
+        self._add_spelling(CPU_INT8, file)
+        return f"{count} products for CPUs, {_size(self.folder, f'denoiser.{CPU_INT8}')}"
+
+    def _tensorrt_int8(self) -> str:
+        """Write the denoiser in int8 for TensorRT, calibrated on trajectories of their own."""
         model, spec = self.model, self.graphs["denoiser"]
         recorded = trajectories(model.denoiser, model.prompt)
         way = write_int8(
@@ -128,10 +142,13 @@ class _Work:
             lambda: conditioned_passes(model.denoiser, recorded),
             self._conditioned,
         )
-        spellings = {**spec.spellings, INT8: f"denoiser.{INT8}.onnx"}
-        self.graphs["denoiser"] = replace(spec, spellings=spellings)
+        self._add_spelling(INT8, f"denoiser.{INT8}.onnx")
         size = _size(self.folder, f"denoiser.{INT8}")
         return f"calibrated on {len(recorded)} passes by {way}, {size}"
+
+    def _add_spelling(self, name: str, file: str) -> None:
+        spec = self.graphs["denoiser"]
+        self.graphs["denoiser"] = replace(spec, spellings={**spec.spellings, name: file})
 
     def condition(self) -> str:
         """Trace what the denoiser computes once for a trajectory."""

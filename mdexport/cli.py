@@ -99,7 +99,7 @@ def cli() -> None:
 @click.option("--precision", type=click.Choice(PRECISIONS), help="[default: fp32]")
 @click.option("--fp16", "--half", "fp16", is_flag=True, help="the same as --precision fp16")
 @click.option("--bf16", is_flag=True, help="the same as --precision bf16")
-@click.option("--int8", is_flag=True, help="add a TensorRT spelling in int8, calibrated")
+@click.option("--int8", is_flag=True, help="add int8: for CPUs (fp32) or TensorRT")
 @click.option("--logits", is_flag=True, help="let the TensorRT spelling return logits too")
 @click.option("--no-encoder", is_flag=True, help="leave the image encoder out: no editing")
 @click.option("--no-engines", is_flag=True, help="build no TensorRT engines afterwards")
@@ -124,7 +124,9 @@ def build_command(**options: Any) -> None:
                 raise KeyboardInterrupt
             say(progress)
     _say_done(folder, options["as_json"])
-    built = not options["no_engines"] and _build_engines(folder, options)
+    built = not options["no_engines"] and _build_engines(
+        folder, int8=made.int8 and precision != "fp32", as_json=options["as_json"]
+    )
     if not options["as_json"]:
         provider = " --provider tensorrt" if built else ""
         click.echo("Next:")
@@ -133,11 +135,10 @@ def build_command(**options: Any) -> None:
         )
 
 
-def _build_engines(folder: Path, options: dict[str, Any]) -> bool:
+def _build_engines(folder: Path, *, int8: bool, as_json: bool) -> bool:
     """Go on with engines for this machine, or say in one line why there are none."""
-    choices = BuildOptions(int8=options["int8"])
-    reason = build_here(folder, choices, as_json=options["as_json"])
-    if reason and options["as_json"]:
+    reason = build_here(folder, BuildOptions(int8=int8), as_json=as_json)
+    if reason and as_json:
         click.echo(json.dumps({"engines": None, "reason": reason}))
     elif reason:
         click.echo(f"no engines: {reason}; 'mdruntime build' makes them on the device")

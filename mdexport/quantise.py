@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 from mdexport.calibration import LEVELS
 from mdexport.trace import MODULE
 
-__all__ = ["Product", "export_weights", "products", "quantise", "quantised"]
+__all__ = [
+    "Product",
+    "drop_unused",
+    "export_weights",
+    "place",
+    "products",
+    "quantise",
+    "quantised",
+    "tensor_of",
+]
 
 _BLOCK = re.compile(r"(^|\.)\d+\.")  # a module inside a numbered one
 _INT8_ZERO = ir.tensor(np.int8(0))
@@ -62,18 +71,20 @@ def _is_product(node: ir.Node) -> bool:
     return weight is not None and weight.is_initializer() and len(weight.shape or ()) == 2
 
 
-def quantised(weight: NDArray[Any], dtype: ir.DataType) -> tuple[NDArray[np.int8], NDArray[Any]]:
+def quantised(
+    weight: NDArray[Any], dtype: ir.DataType, *, levels: int = LEVELS
+) -> tuple[NDArray[np.int8], NDArray[Any]]:
     """Return a weight (in, out) in int8, and the scale of every column in the graph's type."""
     wide = weight.astype(np.float32)
-    scale = _scale(np.abs(wide).max(axis=0, initial=0), dtype)
+    scale = _scale(np.abs(wide).max(axis=0, initial=0), dtype, levels)
     steps = np.rint(wide / scale.astype(np.float32))
-    return np.clip(steps, -LEVELS, LEVELS).astype(np.int8), scale
+    return np.clip(steps, -levels, levels).astype(np.int8), scale
 
 
-def _scale(bounds: Any, dtype: ir.DataType) -> NDArray[Any]:
+def _scale(bounds: Any, dtype: ir.DataType, levels: int = LEVELS) -> NDArray[Any]:
     """Return the width of a step, rounded to the graph's type; of zeros alone, the smallest."""
     least = np.float32(2.0**-14 if dtype == ir.DataType.FLOAT16 else 2.0**-126)
-    steps = np.asarray(bounds, np.float32) / np.float32(LEVELS)
+    steps = np.asarray(bounds, np.float32) / np.float32(levels)
     return np.maximum(steps, least).astype(dtype.numpy())
 
 
@@ -93,7 +104,7 @@ def quantise(graph: ir.Graph, bounds: Mapping[str, float]) -> list[ir.Value]:
         node, activation, weight = product.node, product.activation, product.weight
         if activation not in ready:
             ready[activation] = _there_and_back(tape, activation, bounds[str(activation.name)])
-        steps, scales = quantised(_tensor(weight).numpy(), _type(weight))
+        steps, scales = quantised(tensor_of(weight).numpy(), _type(weight))
         name = f"{node.name}.weight"
         weights.append(tape.initializer(ir.tensor(steps), name=f"{name}.int8"))
         scale_of = tape.initializer(ir.tensor(scales, dtype=weight.dtype), name=f"{name}.scale")
@@ -101,10 +112,10 @@ def quantise(graph: ir.Graph, bounds: Mapping[str, float]) -> list[ir.Value]:
         zero_of = tape.initializer(ir.tensor(zero), name=f"{name}.zero")
         inputs = [weights[-1], scale_of, zero_of]
         back = _typed(tape.op("DequantizeLinear", inputs, {"axis": 1}), weight)
-        _place(graph, node, tape)
+        place(graph, node, tape)
         node.replace_input_with(0, ready[activation])
         node.replace_input_with(1, back)
-    _drop_unused(graph)
+    drop_unused(graph)
     return weights
 
 
@@ -128,7 +139,7 @@ def _type(value: ir.Value) -> ir.DataType:
     return value.dtype
 
 
-def _place(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape) -> None:
+def place(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape) -> None:
     """Put what a tape has recorded before a node."""
     for made in tape.nodes:
         made.metadata_props.update(node.metadata_props)
@@ -137,7 +148,8 @@ def _place(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape) -> None:
     graph.insert_before(node, tape.nodes)
 
 
-def _drop_unused(graph: ir.Graph) -> None:
+def drop_unused(graph: ir.Graph) -> None:
+    """Take weights that nothing reads any more off a graph."""
     for name, value in list(graph.initializers.items()):
         if not value.uses():
             del graph.initializers[name]
@@ -145,12 +157,13 @@ def _drop_unused(graph: ir.Graph) -> None:
 
 def export_weights(weights: Sequence[ir.Value], path: Path) -> None:
     """Write weights in int8 into a file of their own, which the graph then refers to."""
-    tensors = [_tensor(value) for value in weights]
+    tensors = [tensor_of(value) for value in weights]
     written = ir.external_data.convert_tensors_to_external(tensors, path.parent, path.name)
     for value, tensor in zip(weights, written, strict=True):
         value.const_value = tensor
 
 
-def _tensor(value: ir.Value) -> ir.TensorProtocol:
+def tensor_of(value: ir.Value) -> ir.TensorProtocol:
+    """Return the numbers of an initializer."""
     assert value.const_value is not None
     return value.const_value

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from mdexport.dynamic import CPU_INT8
 from mdexport.graphs import CHECK, TENSORRT, write_check
 from mdexport.int8 import INT8
 from mdexport.precision import LIMITS, LIMITS_INT8, LOW, of_images
@@ -25,7 +26,7 @@ def wanted(precision: str, *, int8: bool) -> VerificationRecord:
     checked = _AS_BUILT if low is None else _ROUNDED.format(low.name.lower())
     spellings = {TENSORRT: SpellingRecord(checked, limits, {})}
     if int8:
-        spellings[INT8] = SpellingRecord(checked, LIMITS_INT8, {})
+        spellings[CPU_INT8 if low is None else INT8] = SpellingRecord(checked, LIMITS_INT8, {})
     return VerificationRecord("PyTorch float32, teacher forced", limits, {}, spellings)
 
 
@@ -47,7 +48,7 @@ def verified(bundle: Bundle) -> VerificationRecord:
         records[name] = replace(spelled, limits=found.limits, measured=found.measured)
         failures += [f"{_TITLES[name]}: {failure}" for failure in found.failures]
     if failures:
-        only = all(failure.startswith(_TITLES[INT8]) for failure in failures)
+        only = all(failure.startswith(_REFUSED) for failure in failures)
         hint = "; build it without --int8" if only else ""
         raise VerificationError(
             f"verification failed: {'; '.join(failures)}; nothing was written. "
@@ -57,7 +58,8 @@ def verified(bundle: Bundle) -> VerificationRecord:
 
 
 _IMAGES = ("decoder", "encoder")
-_TITLES = {TENSORRT: "TensorRT spelling", INT8: "int8 does not hold"}
+_REFUSED = "int8 does not hold"
+_TITLES = {TENSORRT: "TensorRT spelling", INT8: _REFUSED, CPU_INT8: _REFUSED}
 
 
 def _rounded(bundle: Bundle, name: str) -> Verification:

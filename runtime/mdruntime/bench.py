@@ -92,7 +92,7 @@ def bench(
     times = time_samplings(runner, chosen, batch=batch, repeats=repeats, clock=clock)
     return Bench(
         model=manifest.name,
-        precision=manifest.precision,
+        precision=runner.precision,
         weights=manifest.weights.origin,
         machine=this_machine(runner.provider, runner.threads),
         batch=batch,

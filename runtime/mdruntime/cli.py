@@ -17,7 +17,7 @@ from mdruntime.doctor import examine
 from mdruntime.errors import MdruntimeError, ProviderError, SamplingError, VerificationError
 from mdruntime.manifest import Manifest
 from mdruntime.records import to_json
-from mdruntime.session import PROVIDERS
+from mdruntime.session import INT8, PROVIDERS, spelling_of
 from mdruntime.tuned import read_tuned
 from mdruntime.verify import verify
 
@@ -74,6 +74,7 @@ def _add_bundle(parser: argparse.ArgumentParser, *, provider: bool = False) -> N
     if provider:
         parser.add_argument("--provider", default="cpu", help=f"one of {', '.join(PROVIDERS)}")
         parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads")
+        parser.add_argument("--precision", default="", help="int8, where it was exported")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,7 +143,8 @@ def run(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     bundle = open_bundle(options.bundle)
     began = time.perf_counter()
-    result = verify(bundle, options.provider, threads=options.threads)
+    spelling = spelling_of(bundle, options.provider, options.precision)
+    result = verify(bundle, options.provider, spelling=spelling, threads=options.threads)
     seconds = time.perf_counter() - began
     if options.json:
         print(json.dumps({**to_json(result), "ok": bool(result), "provider": options.provider}))
@@ -182,6 +184,7 @@ def _info(options: argparse.Namespace) -> int:
         "classes": f"0 to {spec.classes - 1}" if spec.classes else "none",
         "size": f"{size:.1f} MB in {len(manifest.files)} files, all hashes correct",
         "graphs": ", ".join(manifest.graphs),
+        "precision": ", ".join([manifest.precision, *_spelled(manifest)]),
         **_tokenizer(manifest),
         "presets": ", ".join(manifest.presets),
         "tuned": "no; see 'mdruntime tune'" if tuned is None else tuned.summary,
@@ -191,6 +194,12 @@ def _info(options: argparse.Namespace) -> int:
     for name, text in rows.items():
         print(f"  {name:10} {text}")
     return 0
+
+
+def _spelled(manifest: Manifest) -> list[str]:
+    """Return the precisions besides its own that a bundle was exported in."""
+    spellings = manifest.graphs["denoiser"].spellings
+    return [name for name in (INT8, f"tensorrt-{INT8}") if name in spellings]
 
 
 def _tokenizer(manifest: Manifest) -> dict[str, str]:

@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
         threads=options.threads,
         tuned=choice,
         reduce_memory=options.reduce_memory,
+        precision=options.precision,
     )
     load_ms = 1000 * (time.perf_counter() - began)
     with closed(runner):

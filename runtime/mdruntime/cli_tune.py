@@ -43,20 +43,24 @@ def run(options: argparse.Namespace) -> int:
     if not options.dry_run:
         check_place(bundle.folder)
     runner = Runner(
-        bundle, options.provider, threads=options.threads, reduce_memory=options.reduce_memory
+        bundle,
+        options.provider,
+        threads=options.threads,
+        reduce_memory=options.reduce_memory,
+        precision=options.precision,
     )
     with closed(runner):
         tuning = tune(runner, batch=options.batch_size, repeats=options.repeats)
         machine = this_machine(runner.provider, runner.threads)
         choice = pick(tuning, **goal)
         measured = _measured(runner, choice, options) if options.check else None
-    tuned = _tuned(bundle, choice, machine, options)
+    tuned = _tuned(bundle, choice, machine, runner.precision, options)
     path = None if options.dry_run else save_tuned(tuned, bundle.folder)
     if options.json:
         file = None if path is None else str(path)
         print(json.dumps({**_facts(tuning, tuned), "measured_ms": measured, "file": file}))
         return 0
-    _say(tuning, bundle, machine, options.batch_size)
+    _say(tuning, bundle, machine, runner.precision, options.batch_size)
     _say_rows(tuning, choice)
     if measured is not None:
         _say_check(choice.ms, measured)
@@ -81,7 +85,11 @@ def _measured(runner: Runner, choice: Estimate, options: argparse.Namespace) -> 
 
 
 def _tuned(
-    bundle: Bundle, choice: Estimate, machine: Machine, options: argparse.Namespace
+    bundle: Bundle,
+    choice: Estimate,
+    machine: Machine,
+    precision: str,
+    options: argparse.Namespace,
 ) -> Tuned:
     return Tuned(
         format=TUNED_FORMAT,
@@ -93,6 +101,7 @@ def _tuned(
         measure=study_of(bundle.manifest).measure,
         batch=options.batch_size,
         machine=machine,
+        precision=precision,
     )
 
 
@@ -117,11 +126,11 @@ def _facts(tuning: Tuning, tuned: Tuned) -> dict[str, Any]:
     return {"chosen": chosen, "rows": rows, "noise": tuning.noise, "noisy": tuning.noise > NOISY}
 
 
-def _say(tuning: Tuning, bundle: Bundle, machine: Machine, batch: int) -> None:
+def _say(tuning: Tuning, bundle: Bundle, machine: Machine, precision: str, batch: int) -> None:
     """Print what the table below depends on."""
     manifest = bundle.manifest
     unit = unit_of(manifest)
-    print(f"{manifest.name}, {manifest.precision}: {manifest.weights.summary}")
+    print(f"{manifest.name}, {precision}: {manifest.weights.summary}")
     say_machine(machine)
     print(f"  batch      {batch}; ms are of one {unit}, decoder included")
     print(f"  quality    {study_of(manifest).measure} of {unit}s, smaller is better")

@@ -27,6 +27,7 @@ def open_runner(bundle: Bundle, options: argparse.Namespace) -> Runner:
         head=options.head,
         tuned=choice,
         reduce_memory=options.reduce_memory,
+        precision=options.precision,
     )
 
 
@@ -47,8 +48,9 @@ def say_tuned(runner: Runner, options: argparse.Namespace) -> None:
     if tuned is None or options.preset not in _PRESETS or options.quiet or options.json:
         return
     line = f"sampler {tuned.name!r}, tuned for {tuned.made_for}"
-    if tuned.strange(runner.provider, runner.threads):
-        here = f"{runner.provider}, {runner.threads} thread(s), {device_name(runner.provider)}"
+    if tuned.strange(runner.provider, runner.threads, runner.precision):
+        threads, device = f"{runner.threads} thread(s)", device_name(runner.provider)
+        here = f"{runner.provider}, {runner.precision}, {threads}, {device}"
         line += f"; this is {here}: 'mdruntime tune' measures here"
     print(line, file=sys.stderr)
 
@@ -58,6 +60,6 @@ def tuned_facts(runner: Runner, preset: str) -> dict[str, Any] | None:
     tuned = runner.tuned
     if tuned is None or preset not in _PRESETS:
         return None
-    machine, strange = tuned.machine, tuned.strange(runner.provider, runner.threads)
-    made_for = {"batch": tuned.batch, **to_json(machine)}
+    strange = tuned.strange(runner.provider, runner.threads, runner.precision)
+    made_for = {"batch": tuned.batch, "precision": tuned.precision, **to_json(tuned.machine)}
     return {"name": tuned.name, "made_for": made_for, "made_here": not strange}

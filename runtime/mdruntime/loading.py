@@ -1,7 +1,7 @@
 """From a folder to a pipeline."""
 
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
 from mdruntime.bundle import open_bundle
 from mdruntime.errors import BundleError
@@ -13,15 +13,26 @@ from mdruntime.tuned import read_tuned
 __all__ = ["load", "load_text"]
 
 
+class Options(TypedDict, total=False):
+    """How a bundle runs on this device."""
+
+    threads: int
+    """Of the CPU; 0 takes as many as the process may use."""
+    head: str
+    """Draw tokens in the ``graph``, or in ``numpy`` (the reference) from its logits."""
+    reduce_memory: bool
+    """Keep decoder and encoder in memory only while they run."""
+    precision: str
+    """One that the bundle was exported in, such as ``int8``; its own if empty."""
+
+
 def load(
     folder: str | Path,
     provider: str = "cpu",
     *,
-    threads: int = 0,
     check: bool = True,
-    head: str = "graph",
     tuned: bool = True,
-    reduce_memory: bool = False,
+    **options: Unpack[Options],
 ) -> Pipeline:
     """Open a bundle of an image model and return its pipeline; see ``load_text`` for text.
 
@@ -29,16 +40,17 @@ def load(
         folder: a bundle made by ``mdexport build``.
         provider: execution provider, one of ``cpu``, ``cuda``, ``tensorrt`` and ``ort-tensorrt``;
             no other is used in its place.
-        threads: CPU threads; 0 takes as many as the process may use.
         check: compare the files' SHA-256 sums first (about a second per gigabyte).
-        head: draw tokens in the ``graph``, or in ``numpy`` (the reference) from its logits.
         tuned: let the sampler that ``mdruntime tune`` chose for this device be the default, where
             it did.
-        reduce_memory: keep decoder and encoder in memory only while they run.
+        options: ``threads`` of the CPU (0: as many as the process may use), ``head`` (``graph``, or
+            ``numpy``, the reference), ``reduce_memory`` (decoder and encoder are in memory only
+            while they run) and ``precision`` (``int8`` where the bundle has it; its own if empty).
 
     Raises:
         BundleError: the bundle or the file of ``mdruntime tune`` is incomplete, altered, of another
             format, or the bundle is no image model's.
+        SamplingError: the bundle has no such precision, or an unknown head.
         ProviderError: the provider is not available on this machine.
         EngineError: TensorRT has no engines for this bundle and machine: see ``mdruntime build``.
     """
@@ -46,7 +58,6 @@ def load(
     if bundle.manifest.image is None:
         raise BundleError(f"{str(folder)!r} makes text, not images; use mdruntime.load_text")
     choice = read_tuned(bundle) if tuned else None
-    options: dict[str, Any] = {"threads": threads, "head": head, "reduce_memory": reduce_memory}
     return Pipeline(Runner(bundle, provider, tuned=choice, **options))
 
 
@@ -54,17 +65,16 @@ def load_text(
     folder: str | Path,
     provider: str = "cpu",
     *,
-    threads: int = 0,
     check: bool = True,
-    head: str = "graph",
     tuned: bool = True,
-    reduce_memory: bool = False,
+    **options: Unpack[Options],
 ) -> TextPipeline:
     """Open a bundle of a text model and return its pipeline; the arguments are those of ``load``.
 
     Raises:
         BundleError: the bundle or the file of ``mdruntime tune`` is incomplete, altered, of another
             format, or the bundle is no text model's.
+        SamplingError: the bundle has no such precision, or an unknown head.
         ProviderError: the provider or the tokenizer's package is not available.
         EngineError: TensorRT has no engines for this bundle and machine: see ``mdruntime build``.
     """
@@ -72,5 +82,4 @@ def load_text(
     if bundle.manifest.text is None:
         raise BundleError(f"{str(folder)!r} makes images, not text; use mdruntime.load")
     choice = read_tuned(bundle) if tuned else None
-    options: dict[str, Any] = {"threads": threads, "head": head, "reduce_memory": reduce_memory}
     return TextPipeline(Runner(bundle, provider, tuned=choice, **options))

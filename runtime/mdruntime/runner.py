@@ -34,6 +34,7 @@ class Runner:
         head: str = "graph",
         tuned: Tuned | None = None,
         reduce_memory: bool = False,
+        precision: str = "",
     ) -> None:
         """Open the denoiser of a bundle.
 
@@ -44,8 +45,10 @@ class Runner:
             head: draw tokens in the ``graph``, or in ``numpy`` from its logits.
             tuned: what was chosen for this device; it is the default then.
             reduce_memory: keep decoder and encoder in memory only while they run.
+            precision: one that the bundle was exported in, such as ``int8``; its own if empty.
 
         Raises:
+            SamplingError: the bundle has no such precision.
             ProviderError: the provider is not available on this machine.
             EngineError: TensorRT has no engines for this bundle and machine.
         """
@@ -57,7 +60,14 @@ class Runner:
         self._head = head
         self._counted: Counted | None = None
         self._runs = 0  # begun so far
-        self._backend = open_backend(bundle, provider, threads=threads, reduce_memory=reduce_memory)
+        self.precision = precision or bundle.manifest.precision
+        self._backend = open_backend(
+            bundle,
+            provider,
+            threads=threads,
+            precision=precision,
+            reduce_memory=reduce_memory,
+        )
         try:
             self.session("denoiser")
         except BaseException:
@@ -111,7 +121,7 @@ class Runner:
     def clone(self) -> "Runner":
         """Return a runner for another thread: the same weights, caches of its own."""
         twin = object.__new__(Runner)
-        twin.bundle, twin.tuned = self.bundle, self.tuned
+        twin.bundle, twin.tuned, twin.precision = self.bundle, self.tuned, self.precision
         twin._head, twin._threads, twin._runs = self._head, self._threads, 0
         twin._backend, twin._counted = self._backend.clone(), None
         if self._counted is not None:

@@ -14,6 +14,7 @@ from mdruntime.bundle import Bundle
 from mdruntime.errors import ProviderError, SamplingError
 
 __all__ = [
+    "INT8",
     "ON_DEMAND",
     "PROVIDERS",
     "Backend",
@@ -24,6 +25,7 @@ __all__ = [
     "Sessions",
     "open_backend",
     "open_session",
+    "spelling_of",
 ]
 
 Array = NDArray[Any]
@@ -33,6 +35,8 @@ Outputs = dict[str, Array]
 PROVIDERS = ("cpu", "cuda", "tensorrt", "ort-tensorrt")
 ON_DEMAND = ("decoder", "encoder")
 """Graphs that run before or after all passes, and need no memory in between."""
+INT8 = "int8"
+"""Spelling of the denoiser with products in int8, for CPUs."""
 
 
 class Session(Protocol):
@@ -154,6 +158,7 @@ def open_backend(
     *,
     threads: int = 0,
     spelling: str = "",
+    precision: str = "",
     reduce_memory: bool = False,
     engines: Path | None = None,
 ) -> Backend:
@@ -164,6 +169,7 @@ def open_backend(
         provider: one of ``PROVIDERS``.
         threads: CPU threads; 0 takes as many as the process may use.
         spelling: open graphs as they are spelled for another backend, where they are.
+        precision: ``int8`` for the denoiser in int8, where the bundle has it; as exported if empty.
         reduce_memory: keep decoder and encoder in memory only while they run.
         engines: folder with engines of TensorRT that are not published yet.
 
@@ -173,6 +179,7 @@ def open_backend(
     """
     if provider not in PROVIDERS:
         raise ProviderError(f"provider must be one of {', '.join(PROVIDERS)}, got {provider!r}")
+    spelling = spelling or spelling_of(bundle, provider, precision)
     if provider == "tensorrt":
         if spelling:
             raise SamplingError("engines of TensorRT are spelled as they were built: no spelling")
@@ -186,6 +193,34 @@ def open_backend(
         return open_session(bundle, graph, provider, threads=threads, spelling=spelling)
 
     return Sessions(provider, opened, reduce_memory=reduce_memory)
+
+
+def spelling_of(bundle: Bundle, provider: str, precision: str) -> str:
+    """Return the spelling of a precision that a bundle was exported in; empty: its own.
+
+    Raises:
+        SamplingError: the bundle has no such precision.
+        ProviderError: the provider does not run it.
+    """
+    manifest = bundle.manifest
+    if precision in ("", manifest.precision):
+        return ""
+    spellings = manifest.graphs["denoiser"].spellings
+    built = [manifest.precision, *([INT8] if INT8 in spellings else [])]
+    if precision not in built:
+        cure = ""
+        if precision == INT8:
+            cure = "; for int8 on a CPU export it in fp32 with: mdexport build ... --int8"
+        raise SamplingError(
+            f"precision must be one of {', '.join(built)} here, got {precision!r}{cure}"
+        )
+    if provider != "cpu":
+        cure = ", or build engines with: mdruntime build --int8" if provider == "tensorrt" else ""
+        raise ProviderError(
+            f"precision int8 is spelled for provider 'cpu', not for {provider!r}; choose "
+            f"--provider cpu{cure}"
+        )
+    return INT8
 
 
 def open_session(

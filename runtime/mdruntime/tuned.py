@@ -20,7 +20,7 @@ from mdruntime.sampling import Sampling
 
 __all__ = ["TUNED_FORMAT", "Tuned", "check_place", "read_tuned", "save_tuned", "tuned_path"]
 
-TUNED_FORMAT = 1
+TUNED_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,15 @@ class Tuned:
     measure: str  # what the quality is
     batch: int  # samples that run together
     machine: Machine
+    precision: str  # of the denoiser
     digest: str = ""
 
     @property
     def made_for(self) -> str:
         """What the choice was made for, in words."""
         threads = f"{self.machine.threads} thread{'s' if self.machine.threads != 1 else ''}"
-        return f"batch {self.batch} on {self.machine.provider}, {threads}, {self.machine.device}"
+        where = f"{self.machine.provider}, {self.precision}, {threads}, {self.machine.device}"
+        return f"batch {self.batch} on {where}"
 
     @property
     def summary(self) -> str:
@@ -52,10 +54,10 @@ class Tuned:
             f"{self.quality:.4g}; for {self.made_for}, {self.machine.date}"
         )
 
-    def strange(self, provider: str, threads: int) -> bool:
-        """Return whether it was made for another device, provider or number of threads."""
-        here = (device_name(provider), provider, threads)
-        return here != (self.machine.device, self.machine.provider, self.machine.threads)
+    def strange(self, provider: str, threads: int, precision: str) -> bool:
+        """Return whether it was made for another device, provider, precision, or other threads."""
+        made, here = self.machine, (device_name(provider), provider, threads, precision)
+        return here != (made.device, made.provider, made.threads, self.precision)
 
 
 def tuned_path(folder: Path) -> Path:

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,19 +13,15 @@ from tests import standin
 Capture = pytest.CaptureFixture[str]
 
 
-def asked(**changes: Any) -> dict[str, Any]:
-    return {"int8": False, "as_json": False, **changes}
-
-
 def test_without_tensorrt_one_line_says_so(
     digits_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not _build_engines(digits_bundle, asked())
+    assert not _build_engines(digits_bundle, int8=False, as_json=False)
     assert capsys.readouterr().out == (
         "no engines: TensorRT is not installed here; 'mdruntime build' makes them on the device\n"
     )
-    assert not _build_engines(digits_bundle, asked(as_json=True))
+    assert not _build_engines(digits_bundle, int8=False, as_json=True)
     assert json.loads(capsys.readouterr().out) == {
         "engines": None,
         "reason": "TensorRT is not installed here",
@@ -39,7 +34,7 @@ def test_without_a_gpu_it_is_no_failure(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     for name, value in standin.environment(devices=0).items():
         monkeypatch.setenv(name, value)
-    assert not _build_engines(digits_bundle, asked())
+    assert not _build_engines(digits_bundle, int8=False, as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("no engines: cudaGetDeviceCount failed with ")
     assert not (digits_bundle / "engines").exists()
@@ -56,7 +51,7 @@ def test_where_there_are_both_engines_are_built(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", f"{trap}{os.pathsep}{os.environ['PYTHONPATH']}")
     folder = altered()
-    assert _build_engines(folder, asked())
+    assert _build_engines(folder, int8=False, as_json=False)
     assert capsys.readouterr().out.splitlines()[-1].startswith("verified on this device: engines/")
     assert len(list((folder / "engines").glob("*/denoiser.plan"))) == 1
 

@@ -44,6 +44,7 @@ def choice(of: Bundle, **changes: Any) -> Tuned:
         measure="frechet",
         batch=1,
         machine=this_machine("cpu"),
+        precision="fp32",
     )
     return replace(made, **changes)
 
@@ -104,7 +105,7 @@ def test_text_bundles_have_a_choice_too(
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "is damaged": lambda raw: raw[:100],
     "is damaged (it has no format number)": lambda raw: b"[]",
-    "has format 7, this mdruntime reads 1": lambda raw: raw.replace(b'"format": 1', b'"format": 7'),
+    "has format 7, this mdruntime reads 2": lambda raw: raw.replace(b'"format": 2', b'"format": 7'),
     "was altered": lambda raw: raw.replace(b'"rounds": 3', b'"rounds": 4'),
     "is damaged or was altered": lambda raw: raw.replace(b"  ", b" "),
     "(its digest differs)": lambda raw: raw.replace(
