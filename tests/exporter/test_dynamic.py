@@ -1,5 +1,6 @@
-"""int8 for CPUs: exact where integers are, one row at a time, and chosen when a bundle is loaded."""
+"""int8 for CPUs: exact where integers are, row by row, and chosen when a bundle is loaded."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from mdexport.dynamic import CPU_INT8, quantise_rows, write_cpu_int8
 from mdexport.trace import MODULE
 from mdruntime.bundle import open_bundle
 from mdruntime.cli import main
+from mdruntime.runner import Runner
 from mdruntime.verify import verify
 
 Array = NDArray[Any]
@@ -142,11 +144,10 @@ def test_what_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 def test_precision_is_chosen_when_a_bundle_is_loaded(
     folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    with mdruntime.load(folder) as whole, mdruntime.load(folder, precision="int8") as small:
-        assert (whole.runner.precision, small.runner.precision) == ("fp32", "int8")
-        assert small.clone().runner.precision == "int8"
-    with mdruntime.load(folder, precision="fp32") as named:
-        assert named.runner.precision == "fp32"
+    bundle = open_bundle(folder)
+    for asked, found in (("", "fp32"), ("fp32", "fp32"), ("int8", "int8")):
+        with contextlib.closing(Runner(bundle, precision=asked)) as runner:
+            assert runner.precision == runner.clone().precision == found
     assert main(["verify", str(folder), "--precision", "int8"]) == 0
     assert "mean_log_prob" in capsys.readouterr().out
     png = str(tmp_path / "x.png")
@@ -164,17 +165,11 @@ def test_a_precision_that_is_not_there_is_refused(folder: Path, capsys: Capture)
         mdruntime.load(folder, precision="fp16")
     with pytest.raises(mdruntime.ProviderError, match=r"not for 'cuda'; choose --provider cpu$"):
         mdruntime.load(folder, "cuda", precision="int8")
-    assert main(["generate", str(folder), "--provider", "tensorrt", "--precision", "int8"]) == 4
+    assert main(["verify", str(folder), "--provider", "tensorrt", "--precision", "int8"]) == 4
     assert "build engines with: mdruntime build --int8" in capsys.readouterr().err
     bundle = open_bundle(folder, check=False)
     graphs = dict(bundle.manifest.graphs)
     graphs["denoiser"] = replace(graphs["denoiser"], spellings={})
     without = replace(bundle, manifest=replace(bundle.manifest, graphs=graphs))
-    with pytest.raises(
-        mdruntime.SamplingError, match=r"fp32 here, got 'int8'; .*build \.\.\. --int8"
-    ):
-        verify_int8(without)
-
-
-def verify_int8(bundle: mdruntime.Bundle) -> None:
-    mdruntime.Runner(bundle, precision="int8")
+    with pytest.raises(mdruntime.SamplingError, match=r"fp32 here, got 'int8'; .* --int8$"):
+        Runner(without, precision="int8")
