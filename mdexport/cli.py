@@ -19,6 +19,7 @@ import mdruntime
 import mdzoo
 from mdexport.against import compare, read_recording
 from mdexport.build import Options, Progress, build
+from mdexport.cli_bench import bench_command
 from mdexport.cli_models import (
     find,
     list_command,
@@ -234,6 +235,7 @@ def _against(entry: mdzoo.Entry, options: dict[str, Any]) -> int:
 
 
 cli.add_command(list_command)
+cli.add_command(bench_command)
 cli.add_command(study_command)
 
 

@@ -16,7 +16,7 @@ from mdruntime.passes import Counted
 from mdruntime.randomness import Randomness
 from mdruntime.sampler import Canvas, Step, Tokens, unmask
 from mdruntime.sampling import Sampling
-from mdruntime.session import Session, open_backend
+from mdruntime.session import Backend, Session, open_backend
 from mdruntime.tuned import Tuned
 
 __all__ = ["Runner", "randomness"]
@@ -73,6 +73,15 @@ class Runner:
         except BaseException:
             self._backend.close()
             raise
+
+    @classmethod
+    def over(cls, bundle: Bundle, backend: Backend) -> "Runner":
+        """Return a runner over a backend of one's own, which it closes."""
+        runner = object.__new__(cls)
+        runner.bundle, runner.tuned, runner.precision = bundle, None, bundle.manifest.precision
+        runner._threads, runner._head, runner._runs = 0, "graph", 0
+        runner._backend, runner._counted = backend, None
+        return runner
 
     @property
     def manifest(self) -> Manifest:
