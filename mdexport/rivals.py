@@ -103,7 +103,7 @@ class _Passes:
         if self._graph is None:
             names = [name.removeprefix(CONDITION) for name in extras]
             graph: Any = DenoiserGraph(self._denoiser, names)
-            self._graph = torch.compile(graph, dynamic=False) if self._compiled else graph
+            self._graph = _compiled(graph) if self._compiled else graph
         outputs = self._graph(**tensors, extras=list(extras.values()), caches=self._caches)
         self._caches = list(outputs[len(OUTPUTS) : -1])
         found = {**dict(zip(OUTPUTS, outputs, strict=False)), "logits": outputs[-1]}
@@ -114,6 +114,14 @@ class _Passes:
 
     def close(self) -> None:
         self._caches = []
+
+
+def _compiled(graph: Any) -> Any:
+    """Return a graph compiled as PyTorch does by default: from the second size on for all sizes."""
+    # Beyond its limit PyTorch would go on uncompiled, with a line in the log.
+    config: Any = torch._dynamo.config
+    config.recompile_limit, config.fail_on_recompile_limit_hit = 64, True
+    return torch.compile(graph)
 
 
 def _is_extra(name: str) -> bool:
