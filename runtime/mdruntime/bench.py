@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mdruntime.costs import Costs
-from mdruntime.machine import Machine, this_machine
+from mdruntime.machine import Machine, peak_mb, this_machine
 from mdruntime.manifest import Manifest
 from mdruntime.passes import PassShape
 from mdruntime.probe import Clock, guidable, pipeline_of, request_of
@@ -31,6 +31,9 @@ class Spread:
     minimum_ms: float
     p90_ms: float  # 90th percentile
     repeats: int
+    denoiser_ms: float  # of it, in the mean: in passes
+    images_ms: float  # in the decoder
+    host_ms: float  # in the sampler, and whatever else is done between the graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Bench:
     condition_ms: float  # of a batch
     decoder_ms: float  # of a sample
     presets: dict[str, Spread]
+    peak_mb: float  # most memory that the process has held so far; 0 where it is not known
     noise: float  # by how much the slow repeats exceed the fastest one, as a share
 
     @property
@@ -89,7 +93,15 @@ def bench(
     manifest = runner.manifest
     chosen = {name: runner.sampling(name, {}) for name in presets or runner.presets}
     costs = measure(runner, _sizes(manifest, batch), batch=batch, repeats=repeats, clock=clock)
-    times = time_samplings(runner, chosen, batch=batch, repeats=repeats, clock=clock)
+    spent = runner.watched()
+    parts: dict[Sampling, list[dict[str, float]]] = {}
+
+    def part(sampling: Sampling) -> None:
+        parts.setdefault(sampling, []).append(dict(spent))
+        spent.clear()
+
+    spent.clear()
+    times = time_samplings(runner, chosen, batch=batch, repeats=repeats, clock=clock, after=part)
     return Bench(
         model=manifest.name,
         precision=runner.precision,
@@ -100,7 +112,11 @@ def bench(
         passes=tuple(_pass_times(costs)),
         condition_ms=costs.condition_ms,
         decoder_ms=costs.decoder_ms,
-        presets={name: _spread(some) for name, some in times.items()},
+        presets={
+            name: _spread(some, parts[chosen[name]][-len(some) :], batch)
+            for name, some in times.items()
+        },
+        peak_mb=peak_mb(),
         noise=noise_of(times.values()),
     )
 
@@ -113,19 +129,24 @@ def time_samplings(
     repeats: int = 7,
     seconds: float = 60,
     clock: Clock = time.perf_counter,
+    after: Callable[[Sampling], None] | None = None,
 ) -> dict[str, list[float]]:
     """Return the time of a sample of each sampler, in milliseconds, repeat by repeat.
 
     Whole batches are generated, decoder included. Samplers that are the same run once. No further
-    repeat begins after ``seconds``.
+    repeat begins after ``seconds``. ``after`` is called when a sampler has made a batch.
     """
-    jobs = {some: _generation(runner, some, batch, clock) for some in samplings.values()}
+    jobs = {some: _generation(runner, some, batch, clock, after) for some in samplings.values()}
     found = interleaved(jobs, repeats=repeats, seconds=seconds, clock=clock)
     return {name: found[some] for name, some in samplings.items()}
 
 
 def _generation(
-    runner: Runner, sampling: Sampling, batch: int, clock: Clock
+    runner: Runner,
+    sampling: Sampling,
+    batch: int,
+    clock: Clock,
+    after: Callable[[Sampling], None] | None,
 ) -> Callable[[], float]:
     pipeline, seeds = pipeline_of(runner), count()
     request: dict[str, Any] = {**request_of(runner.manifest, batch), **asdict(sampling)}
@@ -133,7 +154,10 @@ def _generation(
     def ms() -> float:
         began = clock()
         pipeline.generate(**request, batch_size=batch, seed=next(seeds))
-        return 1000 * (clock() - began) / batch
+        spent = 1000 * (clock() - began) / batch
+        if after is not None:
+            after(sampling)
+        return spent
 
     return ms
 
@@ -152,10 +176,20 @@ def _pass_times(costs: Costs) -> Iterable[PassTime]:
             yield PassTime(rows, kind.guided, surface.ms(rows, rows))
 
 
-def _spread(repeats: list[float]) -> Spread:
+def _spread(repeats: list[float], parts: list[dict[str, float]], batch: int) -> Spread:
+    """Return the spread of some samples' times, and the mean of what they consist of."""
+
+    def mean(*graphs: str) -> float:
+        return float(np.mean([sum(one.get(name, 0.0) for name in graphs) for one in parts])) / batch
+
+    denoiser, images = mean("denoiser", "condition"), mean("decoder", "encoder")
+    host = max(0.0, float(np.mean(repeats)) - denoiser - images)
     return Spread(
         float(np.median(repeats)),
         min(repeats),
         float(np.percentile(repeats, 90)),
         len(repeats),
+        denoiser,
+        images,
+        host,
     )

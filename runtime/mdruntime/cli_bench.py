@@ -88,13 +88,16 @@ def _say(found: Bench, manifest: Manifest) -> None:
     say_machine(found.machine)
     print(f"  loaded in  {found.load_ms:.0f} ms")
     print(f"  batch      {found.batch}")
+    if found.peak_mb:
+        print(f"  memory     {found.peak_mb:.0f} MB at most, all of this process")
     print(f"\n{'passes of the batch, ms':32} {'unguided':>10} {'guided':>10}")
     for line in _pass_lines(found):
         print(line)
     if found.condition_ms >= 0.05:
         print(f"{'condition, once a batch':32} {found.condition_ms:10.2f}")
     print(f"{f'decoder, each {unit}':32} {found.decoder_ms:10.2f}")
-    print(f"\n{f'preset, ms of one {unit}':32} {'median':>10} {'minimum':>10} {'p90':>10} {'n':>4}")
+    head = " ".join(f"{name:>8}" for name in ("median", "minimum", "p90", "passes", "decoder"))
+    print(f"\n{f'preset, ms of one {unit}':21} {head} {'host':>7} {'n':>4}")
     for name, spread in found.presets.items():
         print(_preset_line(name, spread))
     if found.noisy:
@@ -114,7 +117,9 @@ def _pass_lines(found: Bench) -> Iterable[str]:
 
 def _preset_line(name: str, spread: Spread) -> str:
     numbers = (spread.median_ms, spread.minimum_ms, spread.p90_ms)
-    return f"{name:32} {' '.join(f'{ms:10.2f}' for ms in numbers)} {spread.repeats:4}"
+    parts = (spread.denoiser_ms, spread.images_ms)
+    cells = " ".join(f"{ms:8.2f}" for ms in (*numbers, *parts))
+    return f"{name:21} {cells} {spread.host_ms:7.2f} {spread.repeats:4}"
 
 
 def say_machine(machine: Machine) -> None:

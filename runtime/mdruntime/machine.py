@@ -7,9 +7,10 @@ from pathlib import Path
 
 from mdruntime.ort import available_threads
 
-__all__ = ["Machine", "device_name", "this_machine"]
+__all__ = ["Machine", "device_name", "peak_mb", "this_machine"]
 
 _CPU = Path("/proc/cpuinfo")
+_STATUS = Path("/proc/self/status")
 _BOARD = Path("/proc/device-tree/model")
 _GPUS = Path("/proc/driver/nvidia/gpus")
 
@@ -43,6 +44,12 @@ def this_machine(provider: str, threads: int = 0) -> Machine:
         {**known, "python": platform.python_version()},
         time.strftime("%Y-%m-%d"),
     )
+
+
+def peak_mb() -> float:
+    """Return the most memory that this process has held, in megabytes; 0 where it is not known."""
+    kilobytes = _field(_STATUS, "VmHWM").split(" ")[0]
+    return int(kilobytes) * 1024 / 1e6 if kilobytes.isdecimal() else 0.0
 
 
 def device_name(provider: str) -> str:

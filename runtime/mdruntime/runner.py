@@ -18,6 +18,7 @@ from mdruntime.sampler import Canvas, Step, Tokens, unmask
 from mdruntime.sampling import Sampling
 from mdruntime.session import Backend, Session, open_backend
 from mdruntime.tuned import Tuned
+from mdruntime.watch import WatchedBackend
 
 __all__ = ["Runner", "randomness"]
 
@@ -61,7 +62,7 @@ class Runner:
         self._counted: Counted | None = None
         self._runs = 0  # begun so far
         self.precision = precision or bundle.manifest.precision
-        self._backend = open_backend(
+        self._backend: Backend = open_backend(
             bundle,
             provider,
             threads=threads,
@@ -126,6 +127,12 @@ class Runner:
         if self._counted is None:
             self._counted = Counted(self._backend.session("denoiser"))
         return self._counted
+
+    def watched(self) -> dict[str, float]:
+        """Return milliseconds by graph, which every run adds to from now on."""
+        if not isinstance(self._backend, WatchedBackend):
+            self._backend, self._counted = WatchedBackend(self._backend), None
+        return self._backend.ms
 
     def clone(self) -> "Runner":
         """Return a runner for another thread: the same weights, caches of its own."""

@@ -187,12 +187,15 @@ def test_what_is_no_time_is_refused(text: str) -> None:
 
 
 def test_a_bundle_without_a_study_is_refused(
-    digits_bundle: Path, fake_device: Fake, capsys: Capture
+    altered: Callable[[], Path], fake_device: Fake, capsys: Capture
 ) -> None:
-    runner, device = fake_device(open_bundle(digits_bundle, check=False))
+    place = altered()
+    manifest = replace(open_bundle(place, check=False).manifest, study=None)
+    (place / MANIFEST).write_bytes(dump(manifest))
+    runner, device = fake_device(open_bundle(place, check=False))
     with pytest.raises(SamplingError, match=r"no quality table to choose from.*mdexport study"):
         tune(runner, clock=device.clock)
-    assert main(["tune", str(digits_bundle), "--quality", "best"]) == 2
+    assert main(["tune", str(place), "--quality", "best"]) == 2
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines())) == ("", 1)
 
@@ -242,7 +245,7 @@ def test_the_choice_is_printed_kept_and_used(folder: Path, file: Path, capsys: C
     target = file.with_name("x.png")
     assert main(["generate", str(folder), "-l", "1", "-o", str(target), "--threads", "1"]) == 0
     out, err = capsys.readouterr()
-    assert err.startswith("sampler 'guided-8', tuned for batch 1 on cpu, 1 thread, ")
+    assert err.startswith("sampler 'guided-8', tuned for batch 1 on cpu, fp32, 1 thread, ")
     assert "8 passes" in out
     target.unlink()
 
