@@ -1,7 +1,9 @@
 """From a folder to a pipeline."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict
 
 from mdruntime.bundle import open_bundle
 from mdruntime.errors import BundleError
@@ -9,6 +11,9 @@ from mdruntime.pipeline import Pipeline
 from mdruntime.runner import Runner
 from mdruntime.text import TextPipeline
 from mdruntime.tuned import read_tuned
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # which typing has since Python 3.11 only
 
 __all__ = ["load", "load_text"]
 
