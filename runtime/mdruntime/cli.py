@@ -47,7 +47,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cli_generate.add_flags(_command(commands, "generate", "make images or texts from a bundle"))
     cli_edit.add_flags(_command(commands, "edit", "inpaint, outpaint or vary an image"))
     cli_tune.add_flags(_command(commands, "tune", "choose the sampler for this device"))
-    cli_bench.add_flags(_command(commands, "bench", "measure times on this device"))
+    cli_bench.add_flags(_command(commands, "bench", "measure times on this device", optional=True))
     build = commands.add_parser("build", help="build TensorRT engines for this device")
     _add_bundle(build)
     cli_build.add_flags(build)
@@ -59,17 +59,22 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, summary: str, *, optional: bool = False
+) -> argparse.ArgumentParser:
     """Add a command that runs a bundle."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary)
-    _add_bundle(parser, provider=True)
+    _add_bundle(parser, provider=True, optional=optional)
     reduced = "keep decoder and encoder in memory only while they run"
     parser.add_argument("--reduce-memory", action="store_true", help=reduced)
     return parser
 
 
-def _add_bundle(parser: argparse.ArgumentParser, *, provider: bool = False) -> None:
-    parser.add_argument("bundle", type=Path, help="folder made by mdexport build")
+def _add_bundle(
+    parser: argparse.ArgumentParser, *, provider: bool = False, optional: bool = False
+) -> None:
+    count: dict[str, Any] = {"nargs": "?"} if optional else {}
+    parser.add_argument("bundle", type=Path, help="folder made by mdexport build", **count)
     parser.add_argument("--json", action="store_true", help="print JSON")
     if provider:
         parser.add_argument("--provider", default="cpu", help=f"one of {', '.join(PROVIDERS)}")

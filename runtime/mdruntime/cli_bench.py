@@ -4,9 +4,11 @@ import argparse
 import json
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 from mdruntime.bench import NOISY, Bench, Spread, bench
 from mdruntime.bundle import open_bundle
+from mdruntime.cli_compare import compared, read_bench
 from mdruntime.cli_tuned import closed
 from mdruntime.errors import SamplingError
 from mdruntime.machine import Machine
@@ -24,6 +26,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
     add("--presets", default="", metavar="NAMES", help="such as fast,best; all if not given")
+    both = ("A.json", "B.json")
+    add("--compare", type=Path, nargs=2, metavar=both, help="two outputs of --json, side by side")
     add("--no-tuned", action="store_true", help="leave out what mdruntime tune chose")
     add_counts(parser)
 
@@ -50,6 +54,12 @@ def check_counts(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command and return the exit code."""
     check_counts(options)
+    if (options.bundle is None) == (options.compare is None):
+        raise SamplingError("pass either a bundle, or --compare A.json B.json")
+    if options.compare is not None:
+        for line in compared(*map(read_bench, options.compare)):
+            print(line)
+        return 0
     began = time.perf_counter()
     bundle = open_bundle(options.bundle)
     choice = None if options.no_tuned else read_tuned(bundle)

@@ -1,0 +1,72 @@
+"""``mdruntime bench --compare``: two benchmarks side by side."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from mdruntime.bench import Bench
+from mdruntime.errors import BundleError
+from mdruntime.records import from_json
+
+__all__ = ["compared", "read_bench"]
+
+
+def read_bench(path: Path) -> Bench:
+    """Read what ``mdruntime bench --json`` printed.
+
+    Raises:
+        BundleError: it cannot be read, or is something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("it holds no object")
+        data.pop("noisy", None)
+        return from_json(Bench, data, "it")
+    except (OSError, ValueError, BundleError) as error:
+        reason = str(error).split(";")[0]
+        raise BundleError(
+            f"{str(path)!r} is no benchmark ({reason}); make one with: "
+            f"mdruntime bench BUNDLE --json > {path.name}"
+        ) from None
+
+
+def compared(before: Bench, after: Bench) -> Iterable[str]:
+    """Yield lines with the times of both, and how many times faster the second one is."""
+    for name, one, other in _differences(before, after):
+        yield f"{name:10} {one}  ->  {other}"
+    yield f"{'ms':32} {'before':>10} {'after':>10} {'faster':>8}"
+    old = {(each.rows, each.guided): each.ms for each in before.passes}
+    new = {(each.rows, each.guided): each.ms for each in after.passes}
+    for rows, guided in sorted(old.keys() & new.keys(), reverse=True):
+        label = f"pass, {rows} row{'s' if rows != 1 else ''}{', guided' if guided else ''}"
+        yield _line(label, old[rows, guided], new[rows, guided])
+    for name in ("load", "condition", "decoder"):
+        yield _line(name, getattr(before, f"{name}_ms"), getattr(after, f"{name}_ms"))
+    for name, spread in before.presets.items():
+        if name in after.presets:
+            yield _line(f"preset {name}", spread.median_ms, after.presets[name].median_ms)
+    if before.noisy or after.noisy:
+        yield "noisy: what is less than the noise apart says nothing; measure again"
+
+
+def _differences(before: Bench, after: Bench) -> Iterable[tuple[str, str, str]]:
+    """Yield what else is not the same, and so may be why times differ."""
+    pairs = {
+        "model": (before.model, after.model),
+        "precision": (before.precision, after.precision),
+        "weights": (before.weights, after.weights),
+        "batch": (before.batch, after.batch),
+        "device": (before.machine.device, after.machine.device),
+        "provider": (before.machine.provider, after.machine.provider),
+        "threads": (before.machine.threads, after.machine.threads),
+        "versions": (before.machine.versions, after.machine.versions),
+    }
+    for name, (one, other) in pairs.items():
+        if one != other:
+            yield name, str(one), str(other)
+
+
+def _line(what: str, before: float, after: float) -> str:
+    ratio = f"{before / after:8.2f}" if after > 0 else f"{'-':>8}"
+    return f"{what:32} {before:10.2f} {after:10.2f} {ratio}"
