@@ -107,7 +107,7 @@ def _say(found: Bench, manifest: Manifest) -> None:
         print(f"{'condition, once a batch':32} {found.condition_ms:10.2f}")
     print(f"{f'decoder, each {unit}':32} {found.decoder_ms:10.2f}")
     head = " ".join(f"{name:>8}" for name in ("median", "minimum", "p90", "passes", "decoder"))
-    print(f"\n{f'preset, ms of one {unit}':21} {head} {'host':>7} {'n':>4}")
+    print(f"\n{f'ms of one {unit}':21} {head} {'host':>7} {'n':>4}")
     for name, spread in found.presets.items():
         print(_preset_line(name, spread))
     if found.noisy:

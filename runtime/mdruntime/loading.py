@@ -1,9 +1,7 @@
 """From a folder to a pipeline."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import Any
 
 from mdruntime.bundle import open_bundle
 from mdruntime.errors import BundleError
@@ -12,32 +10,19 @@ from mdruntime.runner import Runner
 from mdruntime.text import TextPipeline
 from mdruntime.tuned import read_tuned
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # which typing has since Python 3.11 only
-
 __all__ = ["load", "load_text"]
 
 
-class Options(TypedDict, total=False):
-    """How a bundle runs on this device."""
-
-    threads: int
-    """Of the CPU; 0 takes as many as the process may use."""
-    head: str
-    """Draw tokens in the ``graph``, or in ``numpy`` (the reference) from its logits."""
-    reduce_memory: bool
-    """Keep decoder and encoder in memory only while they run."""
-    precision: str
-    """One that the bundle was exported in, such as ``int8``; its own if empty."""
-
-
-def load(
+def load(  # noqa: PLR0913 - what a device may ask for, all of it optional
     folder: str | Path,
     provider: str = "cpu",
     *,
+    threads: int = 0,
     check: bool = True,
+    head: str = "graph",
     tuned: bool = True,
-    **options: Unpack[Options],
+    reduce_memory: bool = False,
+    precision: str = "",
 ) -> Pipeline:
     """Open a bundle of an image model and return its pipeline; see ``load_text`` for text.
 
@@ -45,12 +30,13 @@ def load(
         folder: a bundle made by ``mdexport build``.
         provider: execution provider, one of ``cpu``, ``cuda``, ``tensorrt`` and ``ort-tensorrt``;
             no other is used in its place.
+        threads: CPU threads; 0 takes as many as the process may use.
         check: compare the files' SHA-256 sums first (about a second per gigabyte).
+        head: draw tokens in the ``graph``, or in ``numpy`` (the reference) from its logits.
         tuned: let the sampler that ``mdruntime tune`` chose for this device be the default, where
             it did.
-        options: ``threads`` of the CPU (0: as many as the process may use), ``head`` (``graph``, or
-            ``numpy``, the reference), ``reduce_memory`` (decoder and encoder are in memory only
-            while they run) and ``precision`` (``int8`` where the bundle has it; its own if empty).
+        reduce_memory: keep decoder and encoder in memory only while they run.
+        precision: one that the bundle was exported in, such as ``int8``; its own if empty.
 
     Raises:
         BundleError: the bundle or the file of ``mdruntime tune`` is incomplete, altered, of another
@@ -63,16 +49,21 @@ def load(
     if bundle.manifest.image is None:
         raise BundleError(f"{str(folder)!r} makes text, not images; use mdruntime.load_text")
     choice = read_tuned(bundle) if tuned else None
+    options: dict[str, Any] = {"threads": threads, "head": head, "reduce_memory": reduce_memory}
+    options["precision"] = precision
     return Pipeline(Runner(bundle, provider, tuned=choice, **options))
 
 
-def load_text(
+def load_text(  # noqa: PLR0913 - what a device may ask for, all of it optional
     folder: str | Path,
     provider: str = "cpu",
     *,
+    threads: int = 0,
     check: bool = True,
+    head: str = "graph",
     tuned: bool = True,
-    **options: Unpack[Options],
+    reduce_memory: bool = False,
+    precision: str = "",
 ) -> TextPipeline:
     """Open a bundle of a text model and return its pipeline; the arguments are those of ``load``.
 
@@ -87,4 +78,6 @@ def load_text(
     if bundle.manifest.text is None:
         raise BundleError(f"{str(folder)!r} makes images, not text; use mdruntime.load")
     choice = read_tuned(bundle) if tuned else None
+    options: dict[str, Any] = {"threads": threads, "head": head, "reduce_memory": reduce_memory}
+    options["precision"] = precision
     return TextPipeline(Runner(bundle, provider, tuned=choice, **options))

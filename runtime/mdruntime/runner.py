@@ -23,6 +23,11 @@ from mdruntime.watch import WatchedBackend
 __all__ = ["Runner", "randomness"]
 
 
+_PLAIN = Sampling()
+_OF_ORDER = ("substeps", "refresh", "refresh_interval", "tokens")
+"""Options whose good values depend on the order."""
+
+
 class Runner:
     """Sessions of a bundle's graphs, opened when they are first used. One per thread."""
 
@@ -151,6 +156,9 @@ class Runner:
     def sampling(self, preset: str, options: dict[str, Any]) -> Sampling:
         """Return a preset, with some options changed.
 
+        Another order than the preset's own begins without partial caching and with plain settings:
+        what was chosen for one order may be poor, or not even possible, with another.
+
         Raises:
             SamplingError: an unknown preset or option, or a value out of range.
         """
@@ -158,7 +166,10 @@ class Runner:
         if preset not in presets:
             hint = "; 'mdruntime tune' makes that one" if preset == "tuned" else ""
             raise SamplingError(f"preset must be one of {', '.join(presets)}, got {preset!r}{hint}")
-        return presets[preset].but(**options)
+        base = presets[preset]
+        if options.get("order", base.order) != base.order:
+            base = base.but(**{name: getattr(_PLAIN, name) for name in _OF_ORDER})
+        return base.but(**options)
 
     def unmask(
         self, tokens: Tokens, conditions: Conditions, sampling: Sampling, source: Randomness

@@ -23,6 +23,7 @@ from mdexport.reference import record
 from mdruntime.bundle import open_bundle
 from mdruntime.head import Controls, Draws, draw, guided
 from mdruntime.session import open_session
+from mdruntime.study import chosen
 from mdruntime.verify import verify
 from mdzoo.maskgit import MaskGIT, MaskGITConfig
 from mdzoo.palette import Palette
@@ -121,7 +122,10 @@ def test_the_bundle_says_what_it_is(digits_bundle: Path) -> None:
     manifest = open_bundle(digits_bundle).manifest
     model = mdzoo.CATALOGUE["digits"]
     assert manifest.denoiser.length == 64
-    assert manifest.presets["default"] == model.presets["default"]
+    assert manifest.presets["published"] == model.presets["published"]
+    assert manifest.study is not None  # the shipped one, which the other presets follow
+    best = chosen(manifest.study.rows)["best"]
+    assert manifest.presets["best"] == best.sampling
     assert manifest.graphs["denoiser"].float32_operators == ()
     assert manifest.buckets == (8, 16, 32, 64, 65)
     limits, measured = manifest.verification.limits, manifest.verification.measured

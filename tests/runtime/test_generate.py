@@ -1,8 +1,10 @@
 """The pipeline and the command line of the device, on the trained digits."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import mdruntime
 from mdruntime.cli import main
 from mdruntime.plan import make_plan, pass_rows
 from mdruntime.runner import Runner
+from mdruntime.sampling import Sampling
 from mdruntime.schedule import hidden_counts
 from mdruntime.session import Feeds, Outputs, Session, open_session
 
@@ -86,11 +89,24 @@ def test_passes_are_those_of_the_plan(
     bundle = mdruntime.open_bundle(digits_bundle)
     denoiser = Counting(open_session(bundle, "denoiser", "cpu"))
     pipeline = with_denoiser(monkeypatch, bundle, denoiser)
-    options: dict[str, Any] = {"rounds": 5, "substeps": 3, "refresh": refresh}
+    options: dict[str, Any] = {"rounds": 5, "substeps": 3, "refresh": refresh, "order": "moment"}
     pipeline.generate([1, 2], schedule="arccos", guidance=guidance, **options)
     plan = make_plan(64, hidden_counts("arccos", 5, 64), substeps=3)
     rows = 4 if guidance else 2
     assert denoiser.shapes == [(rows, m) for m in pass_rows(plan, refresh, 65)]
+
+
+def test_another_order_begins_without_the_presets_partial_caching(digits_bundle: Path) -> None:
+    bundle = mdruntime.open_bundle(digits_bundle, check=False)
+    cached = Sampling(order="halton", rounds=16, refresh="recent", refresh_interval=8, alpha=2.0)
+    manifest = replace(bundle.manifest, presets={"default": cached})
+    with contextlib.closing(Runner(replace(bundle, manifest=manifest))) as runner:
+        assert runner.sampling("default", {"rounds": 8}) == cached.but(rounds=8)
+        assert runner.sampling("default", {"order": "halton"}) == cached
+        plain = Sampling(order="maskgit", rounds=16, alpha=2.0)
+        assert runner.sampling("default", {"order": "maskgit"}) == plain
+        mixed = runner.sampling("default", {"order": "moment", "substeps": 2})
+        assert mixed == Sampling(order="moment", rounds=16, substeps=2, alpha=2.0)
 
 
 def test_known_tokens_are_kept_and_shorten_the_trajectory(digits_bundle: Path) -> None:
