@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdexport.describe import describe
-from mdexport.dynamic import CPU_INT8, write_cpu_int8
+from mdexport.dynamic import write_cpu_int8
 from mdexport.folder import prepare, publish, require_space
 from mdexport.graphs import Writer
-from mdexport.int8 import INT8, write_int8
+from mdexport.int8 import INT8, int8_for, write_int8
 from mdexport.model import Model
 from mdexport.precision import LOW, cast, dtype_of, of_images
 from mdexport.reference import conditioned, record, trajectories, write_images
@@ -37,6 +37,7 @@ from mdexport.verification import verified, wanted
 from mdruntime.bundle import MANIFEST, file_spec, open_bundle
 from mdruntime.denoiser import CONDITION
 from mdruntime.manifest import GraphSpec, VerificationRecord, dump
+from mdruntime.session import INT8 as CPU_INT8
 from mdruntime.verify import (
     CONDITIONED,
     DECODER_VECTORS,
@@ -121,9 +122,9 @@ class _Work:
 
     def int8(self) -> str:
         """Write the denoiser in int8, for the processors that the precision is for."""
-        if self.options.precision == "fp32":
-            return self._cpu_int8()
-        return self._tensorrt_int8()
+        if int8_for(self.options.precision) == INT8:
+            return self._tensorrt_int8()
+        return self._cpu_int8()
 
     def _cpu_int8(self) -> str:
         spec, file = self.graphs["denoiser"], f"denoiser.{CPU_INT8}.onnx"

@@ -32,6 +32,7 @@ from mdexport.cli_models import (
     wish,
 )
 from mdexport.cli_study import study_command
+from mdexport.int8 import INT8, int8_for
 from mdexport.precision import PRECISIONS
 from mdruntime import cli as device
 from mdruntime.cli_build import build_here
@@ -126,7 +127,7 @@ def build_command(**options: Any) -> None:
             say(progress)
     _say_done(folder, options["as_json"])
     built = not options["no_engines"] and _build_engines(
-        folder, int8=made.int8 and precision != "fp32", as_json=options["as_json"]
+        folder, int8=made.int8 and int8_for(precision) == INT8, as_json=options["as_json"]
     )
     if not options["as_json"]:
         provider = " --provider tensorrt" if built else ""

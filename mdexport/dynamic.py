@@ -19,6 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mdexport.quantise import (
+    NO_PRODUCTS,
     drop_unused,
     export_weights,
     place,
@@ -28,10 +29,7 @@ from mdexport.quantise import (
 )
 from mdruntime.errors import VerificationError
 
-__all__ = ["CPU_INT8", "quantise_rows", "write_cpu_int8"]
-
-CPU_INT8 = "int8"
-"""Name of the spelling."""
+__all__ = ["quantise_rows", "write_cpu_int8"]
 
 _LEVELS = 63  # of a weight, on either side of zero
 _ROW_LEVELS = 127  # of an activation
@@ -53,10 +51,7 @@ def write_cpu_int8(source: Path, target: Path) -> int:
     model = ir.load(source)
     weights = quantise_rows(model.graph)
     if not weights:
-        raise VerificationError(
-            "int8 needs matrix products in modules that stand in a numbered list, such as "
-            "blocks.0.mlp; the model has none, so build it without --int8"
-        )
+        raise VerificationError(NO_PRODUCTS)
     model.opset_imports[_DOMAIN] = 1
     export_weights(weights, target.with_suffix(".weights"))
     ir.save(model, target)

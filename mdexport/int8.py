@@ -9,18 +9,24 @@ import onnx_ir as ir
 from mdexport.calibration import CALIBRATIONS, Histogram, histograms
 from mdexport.graphs import TENSORRT, Passes
 from mdexport.operators import require_listed
-from mdexport.quantise import export_weights, products, quantise
+from mdexport.quantise import NO_PRODUCTS, export_weights, products, quantise
 from mdexport.replay import replay
 from mdexport.retype import rounded
 from mdruntime.errors import VerificationError
 from mdruntime.head import Draws
 from mdruntime.manifest import GraphSpec
 from mdruntime.measures import compare
+from mdruntime.session import INT8 as CPU_INT8
 
-__all__ = ["INT8", "write_int8"]
+__all__ = ["INT8", "int8_for", "write_int8"]
 
 INT8 = "tensorrt-int8"
 """Name of the spelling."""
+
+
+def int8_for(precision: str) -> str:
+    """Return the spelling in int8 for the processors that a precision is for."""
+    return CPU_INT8 if precision == "fp32" else INT8
 
 
 def write_int8(
@@ -45,10 +51,7 @@ def write_int8(
     source, target = folder / spec.spellings[TENSORRT], folder / f"denoiser.{INT8}.onnx"
     names = _activations(source)
     if not names:
-        raise VerificationError(
-            "int8 needs matrix products in modules that stand in a numbered list, such as "
-            "blocks.0.mlp; the model has none, so build it without --int8"
-        )
+        raise VerificationError(NO_PRODUCTS)
     found = histograms(source, low, trajectories(), names, spec.caches)
     errors = {}
     for way in CALIBRATIONS:

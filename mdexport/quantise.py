@@ -20,6 +20,7 @@ from mdexport.calibration import LEVELS
 from mdexport.trace import MODULE
 
 __all__ = [
+    "NO_PRODUCTS",
     "Product",
     "drop_unused",
     "export_weights",
@@ -30,6 +31,10 @@ __all__ = [
     "tensor_of",
 ]
 
+NO_PRODUCTS = (
+    "int8 needs matrix products in modules that stand in a numbered list, such as "
+    "blocks.0.mlp; the model has none, so build it without --int8"
+)
 _BLOCK = re.compile(r"(^|\.)\d+\.")  # a module inside a numbered one
 _INT8_ZERO = ir.tensor(np.int8(0))
 

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from mdexport.denoiser import Denoiser, DenoiserGraph
+from mdexport.denoiser import Denoiser
 from mdexport.head import OUTPUTS
+from mdexport.torch_session import TorchPasses
 from mdruntime.conditions import Conditions
-from mdruntime.denoiser import CONDITION, VISIBLE, Condition
+from mdruntime.denoiser import CONDITION, Condition
 from mdruntime.denoiser import Denoiser as Runner
 from mdruntime.errors import VerificationError
 from mdruntime.head import Controls
@@ -46,10 +47,8 @@ _SEED = 20250510
 _LONGEST = 128  # tokens of the recorded canvas where its length is free
 
 
-class TorchSession:
-    """The denoiser graph in PyTorch, float32: satisfies ``mdruntime.Session``."""
-
-    provider = "torch"
+class TorchSession(TorchPasses):
+    """Passes in PyTorch that are recorded."""
 
     def __init__(self, denoiser: Denoiser, inputs: NDArray[np.int32] | None = None) -> None:
         """Take a denoiser in float32.
@@ -59,32 +58,17 @@ class TorchSession:
             inputs: of the condition graph, for the rows of every pass to come: those of
                 conditional rows, then those of unconditional ones.
         """
-        self._denoiser = denoiser
+        super().__init__(denoiser)
         self._inputs = inputs
-        self._canvas = 0
-        self._caches: list[Tensor] = []
         self.passes: list[dict[str, NDArray[Any]]] = []
 
-    def start(self, canvas: int) -> None:
-        """Begin with empty caches for this many rows of the canvas."""
-        self._canvas, self._caches = canvas, []
-
-    @torch.no_grad()
     def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
         """Run a pass and record it."""
         started = 0 if self._caches else self._canvas
-        if started:
-            empty = self._denoiser.empty_caches(len(feeds["tokens"]), self._canvas)
-            self._caches = list(empty.values())
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in feeds.items()}
-        extras = {name: tensors.pop(name) for name in list(tensors) if _is_extra(name)}
-        graph = DenoiserGraph(self._denoiser, [name.removeprefix(CONDITION) for name in extras])
-        outputs = graph(**tensors, extras=list(extras.values()), caches=self._caches)
-        draws, self._caches = outputs[: len(OUTPUTS)], list(outputs[len(OUTPUTS) : -1])
-        found = {name: value.numpy() for name, value in zip(OUTPUTS, draws, strict=True)}
-        logits = outputs[-1].numpy()
-        self._record({**feeds, "canvas": np.int64(started)}, found, logits)
-        return {name: {**found, "logits": logits}[name] for name in fetch}
+        found = self._outputs(feeds)
+        draws = {name: found[name] for name in OUTPUTS}
+        self._record({**feeds, "canvas": np.int64(started)}, draws, found["logits"])
+        return {name: found[name] for name in fetch}
 
     def _record(self, feeds: dict[str, Any], found: Outputs, logits: NDArray[Any]) -> None:
         columns = max(1, min(_COLUMNS, _LOGITS // logits.shape[-1]))
@@ -98,10 +82,6 @@ class TorchSession:
     def clone(self) -> "TorchSession":
         """Return a session on the same weights."""
         return TorchSession(self._denoiser, self._inputs)
-
-    def close(self) -> None:
-        """Drop the caches."""
-        self._caches = []
 
 
 def write_images(
@@ -119,10 +99,6 @@ def write_images(
 def conditioned(denoiser: Denoiser, prompt: PromptSpec | None) -> bool:
     """Return whether a denoiser has a condition graph."""
     return _conditioner(denoiser, _conditions(denoiser.spec, prompt).inputs()) is not None
-
-
-def _is_extra(name: str) -> bool:
-    return name == VISIBLE or name.startswith(CONDITION)
 
 
 def _conditioner(denoiser: Denoiser, inputs: NDArray[np.int32]) -> Condition | None:

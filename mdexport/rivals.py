@@ -6,22 +6,18 @@ in every round; logits come back, and the sampler works on them in PyTorch.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from mdexport.denoiser import VISIBLE, Denoiser, DenoiserGraph
-from mdexport.head import OUTPUTS
 from mdexport.model import Model
-from mdruntime.denoiser import CONDITION
+from mdexport.torch_session import TorchPasses
 from mdruntime.guidance import guidance_weights
 from mdruntime.sampling import Sampling
 from mdruntime.schedule import hidden_counts
-from mdruntime.session import Feeds, FunctionSession, Outputs, Session
+from mdruntime.session import Feeds, FunctionSession, Session
 
 __all__ = ["TorchBackend", "original_image"]
 
@@ -45,7 +41,7 @@ class TorchBackend:
     def _opened(self, graph: str) -> Session:
         model = self.model
         if graph == "denoiser":
-            return _Passes(model.denoiser, compiled=self._compiled)
+            return TorchPasses(model.denoiser, compiled=self._compiled)
         if graph == "condition":
             return FunctionSession(lambda feeds: _numpy(model.denoiser.condition, feeds))
         module = getattr(model, graph)
@@ -77,55 +73,6 @@ def _numpy(function: Any, feeds: Feeds) -> Any:
     if isinstance(found, dict):
         return {name: value.numpy() for name, value in found.items()}
     return found.numpy()
-
-
-class _Passes:
-    """The denoiser graph in PyTorch; satisfies ``session.Session``."""
-
-    provider = "torch"
-
-    def __init__(self, denoiser: Denoiser, *, compiled: bool) -> None:
-        self._denoiser, self._compiled = denoiser, compiled
-        self._canvas = 0
-        self._caches: list[Tensor] = []
-        self._graph: Any = None
-
-    def start(self, canvas: int) -> None:
-        self._canvas, self._caches = canvas, []
-
-    @torch.no_grad()
-    def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
-        rows = len(feeds["tokens"])
-        if not self._caches:
-            self._caches = list(self._denoiser.empty_caches(rows, self._canvas).values())
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in feeds.items()}
-        extras = {name: tensors.pop(name) for name in list(tensors) if _is_extra(name)}
-        if self._graph is None:
-            names = [name.removeprefix(CONDITION) for name in extras]
-            graph: Any = DenoiserGraph(self._denoiser, names)
-            self._graph = _compiled(graph) if self._compiled else graph
-        outputs = self._graph(**tensors, extras=list(extras.values()), caches=self._caches)
-        self._caches = list(outputs[len(OUTPUTS) : -1])
-        found = {**dict(zip(OUTPUTS, outputs, strict=False)), "logits": outputs[-1]}
-        return {name: found[name].numpy() for name in fetch}
-
-    def clone(self) -> "_Passes":
-        return _Passes(self._denoiser, compiled=self._compiled)
-
-    def close(self) -> None:
-        self._caches = []
-
-
-def _compiled(graph: Any) -> Any:
-    """Return a graph compiled as PyTorch does by default: from the second size on for all sizes."""
-    # Beyond its limit PyTorch would go on uncompiled, with a line in the log.
-    config: Any = torch._dynamo.config
-    config.recompile_limit, config.fail_on_recompile_limit_hit = 64, True
-    return torch.compile(graph)
-
-
-def _is_extra(name: str) -> bool:
-    return name == VISIBLE or name.startswith(CONDITION)
 
 
 @torch.inference_mode()

@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from mdexport.dynamic import CPU_INT8
 from mdexport.graphs import CHECK, TENSORRT, write_check
-from mdexport.int8 import INT8
+from mdexport.int8 import INT8, int8_for
 from mdexport.precision import LIMITS, LIMITS_INT8, LOW, of_images
 from mdruntime.bundle import Bundle, file_spec
 from mdruntime.errors import VerificationError
 from mdruntime.manifest import SpellingRecord, VerificationRecord
+from mdruntime.session import INT8 as CPU_INT8
 from mdruntime.verify import Verification, verify
 
 __all__ = ["verified", "wanted"]
@@ -26,7 +26,7 @@ def wanted(precision: str, *, int8: bool) -> VerificationRecord:
     checked = _AS_BUILT if low is None else _ROUNDED.format(low.name.lower())
     spellings = {TENSORRT: SpellingRecord(checked, limits, {})}
     if int8:
-        spellings[CPU_INT8 if low is None else INT8] = SpellingRecord(checked, LIMITS_INT8, {})
+        spellings[int8_for(precision)] = SpellingRecord(checked, LIMITS_INT8, {})
     return VerificationRecord("PyTorch float32, teacher forced", limits, {}, spellings)
 
 

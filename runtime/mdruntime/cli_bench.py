@@ -9,7 +9,7 @@ from pathlib import Path
 from mdruntime.bench import NOISY, Bench, Spread, bench
 from mdruntime.bundle import open_bundle
 from mdruntime.cli_compare import compared, read_bench
-from mdruntime.cli_tuned import closed
+from mdruntime.cli_tuned import closed, device_options
 from mdruntime.errors import SamplingError
 from mdruntime.machine import Machine
 from mdruntime.manifest import Manifest
@@ -63,14 +63,7 @@ def run(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     bundle = open_bundle(options.bundle)
     choice = None if options.no_tuned else read_tuned(bundle)
-    runner = Runner(
-        bundle,
-        options.provider,
-        threads=options.threads,
-        tuned=choice,
-        reduce_memory=options.reduce_memory,
-        precision=options.precision,
-    )
+    runner = Runner(bundle, options.provider, tuned=choice, **device_options(options))
     load_ms = 1000 * (time.perf_counter() - began)
     with closed(runner):
         found = bench(

@@ -9,7 +9,7 @@ import numpy as np
 from mdruntime.bench import NOISY, time_samplings
 from mdruntime.bundle import Bundle, open_bundle
 from mdruntime.cli_bench import add_counts, check_counts, noise_line, say_machine, unit_of
-from mdruntime.cli_tuned import closed
+from mdruntime.cli_tuned import closed, device_options
 from mdruntime.machine import Machine, this_machine
 from mdruntime.records import to_json
 from mdruntime.runner import Runner
@@ -42,13 +42,7 @@ def run(options: argparse.Namespace) -> int:
     study_of(bundle.manifest)  # what is missing shows before anything is measured
     if not options.dry_run:
         check_place(bundle.folder)
-    runner = Runner(
-        bundle,
-        options.provider,
-        threads=options.threads,
-        reduce_memory=options.reduce_memory,
-        precision=options.precision,
-    )
+    runner = Runner(bundle, options.provider, **device_options(options))
     with closed(runner):
         tuning = tune(runner, batch=options.batch_size, repeats=options.repeats)
         machine = this_machine(runner.provider, runner.threads)

@@ -12,22 +12,25 @@ from mdruntime.records import to_json
 from mdruntime.runner import Runner
 from mdruntime.tuned import read_tuned
 
-__all__ = ["closed", "open_runner", "say_tuned", "tuned_facts"]
+__all__ = ["closed", "device_options", "open_runner", "say_tuned", "tuned_facts"]
 
 _PRESETS = ("default", "tuned")  # that stand for the choice
+
+
+def device_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return how all commands let a bundle run on this device, besides the provider."""
+    return {
+        "threads": options.threads,
+        "reduce_memory": options.reduce_memory,
+        "precision": options.precision,
+    }
 
 
 def open_runner(bundle: Bundle, options: argparse.Namespace) -> Runner:
     """Open a bundle, with what was chosen for this device unless that is not wanted."""
     choice = None if options.no_tuned else read_tuned(bundle)
     return Runner(
-        bundle,
-        options.provider,
-        threads=options.threads,
-        head=options.head,
-        tuned=choice,
-        reduce_memory=options.reduce_memory,
-        precision=options.precision,
+        bundle, options.provider, head=options.head, tuned=choice, **device_options(options)
     )
 
 

@@ -49,8 +49,12 @@ def load(  # noqa: PLR0913 - what a device may ask for, all of it optional
     if bundle.manifest.image is None:
         raise BundleError(f"{str(folder)!r} makes text, not images; use mdruntime.load_text")
     choice = read_tuned(bundle) if tuned else None
-    options: dict[str, Any] = {"threads": threads, "head": head, "reduce_memory": reduce_memory}
-    options["precision"] = precision
+    options: dict[str, Any] = {
+        "threads": threads,
+        "head": head,
+        "reduce_memory": reduce_memory,
+        "precision": precision,
+    }
     return Pipeline(Runner(bundle, provider, tuned=choice, **options))
 
 
@@ -78,6 +82,10 @@ def load_text(  # noqa: PLR0913 - what a device may ask for, all of it optional
     if bundle.manifest.text is None:
         raise BundleError(f"{str(folder)!r} makes images, not text; use mdruntime.load")
     choice = read_tuned(bundle) if tuned else None
-    options: dict[str, Any] = {"threads": threads, "head": head, "reduce_memory": reduce_memory}
-    options["precision"] = precision
+    options: dict[str, Any] = {
+        "threads": threads,
+        "head": head,
+        "reduce_memory": reduce_memory,
+        "precision": precision,
+    }
     return TextPipeline(Runner(bundle, provider, tuned=choice, **options))

@@ -141,10 +141,9 @@ class Runner:
 
     def clone(self) -> "Runner":
         """Return a runner for another thread: the same weights, caches of its own."""
-        twin = object.__new__(Runner)
-        twin.bundle, twin.tuned, twin.precision = self.bundle, self.tuned, self.precision
-        twin._head, twin._threads, twin._runs = self._head, self._threads, 0
-        twin._backend, twin._counted = self._backend.clone(), None
+        twin = Runner.over(self.bundle, self._backend.clone())
+        twin.tuned, twin.precision = self.tuned, self.precision
+        twin._head, twin._threads = self._head, self._threads
         if self._counted is not None:
             twin.counted()
         return twin

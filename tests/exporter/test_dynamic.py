@@ -16,11 +16,12 @@ import mdexport
 import mdruntime
 import mdzoo
 from mdexport import dynamic
-from mdexport.dynamic import CPU_INT8, quantise_rows, write_cpu_int8
+from mdexport.dynamic import quantise_rows, write_cpu_int8
 from mdexport.trace import MODULE
 from mdruntime.bundle import open_bundle
 from mdruntime.cli import main
 from mdruntime.runner import Runner
+from mdruntime.session import INT8 as CPU_INT8
 from mdruntime.verify import verify
 
 Array = NDArray[Any]

@@ -134,9 +134,8 @@ def _profile(builder: Any, profile: Profile) -> Any:
 def _add_timings(config: Any, path: Path) -> bool:
     """Let the builder use and extend a timing cache; one of another device is left out."""
     known = path.read_bytes() if path.is_file() else b""
-    found = (
-        config.create_timing_cache(known) if known else None
-    )  # None: damaged, or of another version
+    # None is also what TensorRT returns for a cache that it refuses.
+    found = config.create_timing_cache(known) if known else None
     if found is not None and config.set_timing_cache(found, False):
         return True
     empty = config.create_timing_cache(b"")
