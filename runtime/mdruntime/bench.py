@@ -21,6 +21,8 @@ __all__ = ["NOISY", "Bench", "PassTime", "Spread", "bench", "time_samplings"]
 
 NOISY = 0.25
 """Share by which the slow repeats of an undisturbed machine hardly ever exceed the fastest one."""
+_SHORTEST = 1.0
+"""Seconds that samples are timed for at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ def time_samplings(
     repeat begins after ``seconds``. ``after`` is called when a sampler has made a batch.
     """
     jobs = {some: _generation(runner, some, batch, clock, after) for some in samplings.values()}
-    found = interleaved(jobs, repeats=repeats, seconds=seconds, clock=clock)
+    found = interleaved(jobs, repeats=repeats, seconds=seconds, shortest=_SHORTEST, clock=clock)
     return {name: found[some] for name, some in samplings.items()}
 
 

@@ -36,7 +36,7 @@ def add_counts(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how much is measured."""
     add = parser.add_argument
     add("--batch-size", type=int, default=1, metavar="N", help="samples that run together")
-    add("--repeats", type=int, default=7, metavar="R", help="of each measurement, at most")
+    add("--repeats", type=int, default=7, metavar="R", help="of each measurement; quick ones more")
 
 
 def check_counts(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,16 @@ from mdruntime.cli_tuned import closed, device_options
 from mdruntime.machine import Machine, this_machine
 from mdruntime.records import to_json
 from mdruntime.runner import Runner
-from mdruntime.tune import Estimate, Tuning, check_quality, milliseconds, pick, study_of, tune
+from mdruntime.tune import (
+    Estimate,
+    Tuning,
+    check_quality,
+    milliseconds,
+    pick,
+    settled,
+    study_of,
+    tune,
+)
 from mdruntime.tuned import TUNED_FORMAT, Tuned, check_place, save_tuned
 
 __all__ = ["add_flags", "run"]
@@ -30,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     only.add_argument("--quality", metavar="NAME", help="best, balanced or fast")
     add = parser.add_argument
     add_counts(parser)
-    add("--check", action="store_true", help="measure the choice, to compare with its prediction")
+    add("--check", action="store_true", help="measure the choice once more, to compare")
     add("--dry-run", action="store_true", help="choose and print, but keep no file")
 
 
@@ -44,9 +54,9 @@ def run(options: argparse.Namespace) -> int:
         check_place(bundle.folder)
     runner = Runner(bundle, options.provider, **device_options(options))
     with closed(runner):
-        tuning = tune(runner, batch=options.batch_size, repeats=options.repeats)
+        counts = {"batch": options.batch_size, "repeats": options.repeats}
+        tuning, choice = settled(runner, tune(runner, **counts), partial(pick, **goal), **counts)
         machine = this_machine(runner.provider, runner.threads)
-        choice = pick(tuning, **goal)
         measured = _measured(runner, choice, options) if options.check else None
     tuned = _tuned(bundle, choice, machine, runner.precision, options)
     path = None if options.dry_run else save_tuned(tuned, bundle.folder)
@@ -112,6 +122,7 @@ def _facts(tuning: Tuning, tuned: Tuned) -> dict[str, Any]:
             "passes": estimate.row.passes,
             "sampling": to_json(estimate.row.sampling),
             "foreseen": estimate.foreseen,
+            "measured": estimate.measured,
             "front": estimate.row.name in tuning.front,
         }
         for estimate in tuning.estimates
@@ -139,7 +150,8 @@ def _say_rows(tuning: Tuning, choice: Estimate) -> None:
     print(f"\n  {title} {'cost':>7}")
     for estimate in shown:
         print(_line(estimate, chosen=estimate is choice))
-    print("* the choice; rounds: /substeps; cost: in full passes, guidance counts twice")
+    print("* the choice, timed by whole samples; most other ms are foreseen from passes")
+    print("  rounds: /substeps; cost: in full passes, guidance counts twice")
     if not all(estimate.foreseen for estimate in shown):
         print("~ its number of passes depends on the sample: taken from the study's mean")
     if len(shown) < len(tuning.estimates):
@@ -158,7 +170,7 @@ def _line(estimate: Estimate, *, chosen: bool) -> str:
     )
 
 
-def _say_check(predicted: float, measured: float) -> None:
-    error = predicted / measured - 1
+def _say_check(expected: float, measured: float) -> None:
+    error = expected / measured - 1
     verdict = "" if abs(error) <= _CLOSE else f", which is beyond {_CLOSE:.0%}"
-    print(f"check: predicted {predicted:.1f} ms, measured {measured:.1f} ms: {error:+.0%}{verdict}")
+    print(f"check: expected {expected:.1f} ms, measured {measured:.1f} ms: {error:+.0%}{verdict}")

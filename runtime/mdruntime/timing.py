@@ -18,6 +18,7 @@ __all__ = ["interleaved", "measure", "noise_of"]
 Key = TypeVar("Key")
 
 _ENOUGH = 3  # repeats that are made however long they take
+_MORE = 10  # times the repeats are made where they are over too soon
 
 
 def interleaved(
@@ -25,6 +26,7 @@ def interleaved(
     *,
     repeats: int,
     seconds: float,
+    shortest: float = 0.0,
     clock: Clock = time.perf_counter,
 ) -> dict[Key, list[float]]:
     """Run jobs in turn, again and again, and return what each repeat returned.
@@ -36,12 +38,15 @@ def interleaved(
         jobs: each returns its time.
         repeats: that count; fewer, but 3, where ``seconds`` have passed before.
         seconds: after which no further repeat begins.
+        shortest: seconds before which jobs go on although ``repeats`` are made, up to ten times as
+            many: what is over in an instant shows the machine of that instant.
         clock: that tells the seconds.
     """
     found: dict[Key, list[float]] = {key: [] for key in jobs}
     began = clock()
-    for turn in range(repeats + 1):
-        if turn > _ENOUGH and clock() - began > seconds:
+    for turn in range(_MORE * repeats + 1):
+        spent = clock() - began
+        if (turn > _ENOUGH and spent > seconds) or (turn > repeats and spent >= shortest):
             break
         for key, job in jobs.items():
             ms = job()

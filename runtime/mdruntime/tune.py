@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +26,7 @@ __all__ = [
     "forecast",
     "milliseconds",
     "pick",
+    "settled",
     "tune",
 ]
 
@@ -55,6 +56,7 @@ class Estimate:
     row: StudyRow
     ms: float  # decoder included
     foreseen: bool  # False: how many passes it takes is known in the mean only
+    measured: bool = False  # whether ms is the median of whole samples, not a prediction
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ def tune(
 ) -> Tuning:
     """Measure what passes cost here and foresee how long every row of the study takes.
 
-    Whole samples of three rows are measured too, to calibrate the predictions.
+    Whole samples of three rows are measured too, to calibrate the predictions of the others.
 
     Args:
         runner: of the bundle, on the provider and the threads in question.
@@ -174,11 +176,62 @@ def tune(
     ms = {name: predicted_ms(costs, plan) for name, plan in plans.items()}
     some = {row.name: row.sampling for row in _typical(rows, ms, plans)}
     times = time_samplings(runner, some, batch=batch, repeats=repeats, seconds=seconds, clock=clock)
-    ms = calibrated(ms, plans, {name: float(np.median(runs)) for name, runs in times.items()})
-    found = [Estimate(row, ms[row.name], not row.sampling.entropy_bound) for row in rows]
-    found.sort(key=lambda estimate: estimate.ms)
-    front = tuple(row.name for row in pareto(rows, lambda row: ms[row.name]))
-    return Tuning(tuple(found), front, costs.noise)
+    measured = {name: float(np.median(runs)) for name, runs in times.items()}
+    ms = calibrated(ms, plans, measured)
+    found = (Estimate(row, ms[row.name], not row.sampling.entropy_bound) for row in rows)
+    return _tuning((_known(estimate, measured) for estimate in found), costs.noise)
+
+
+def settled(
+    runner: Runner,
+    tuning: Tuning,
+    choose: Callable[[Tuning], Estimate],
+    *,
+    batch: int = 1,
+    repeats: int = 7,
+    seconds: float = 30,
+    clock: Clock = time.perf_counter,
+) -> tuple[Tuning, Estimate]:
+    """Choose, but only a row of which whole samples were measured.
+
+    Those of the first choice are measured if need be; if another row is the choice at that time,
+    those of this one, and so on.
+
+    Args:
+        runner: see ``tune``, as for the arguments below.
+        tuning: what is known so far.
+        choose: returns one of its estimates; see ``pick``.
+        batch: samples that run together.
+        repeats: of each measurement.
+        seconds: after which no further repeat begins.
+        clock: that tells the seconds.
+
+    Returns:
+        What is known now, and the choice.
+    """
+    while not (choice := choose(tuning)).measured:
+        name, some = choice.row.name, {choice.row.name: choice.row.sampling}
+        times = time_samplings(
+            runner, some, batch=batch, repeats=repeats, seconds=seconds, clock=clock
+        )
+        measured = {name: float(np.median(times[name]))}
+        estimates = (_known(estimate, measured) for estimate in tuning.estimates)
+        tuning = _tuning(estimates, tuning.noise)
+    return tuning, choice
+
+
+def _known(estimate: Estimate, measured: Mapping[str, float]) -> Estimate:
+    """Return an estimate with the measured time in place of the predicted one, if there is any."""
+    if estimate.row.name not in measured:
+        return estimate
+    return replace(estimate, ms=measured[estimate.row.name], foreseen=True, measured=True)
+
+
+def _tuning(estimates: Iterable[Estimate], noise: float) -> Tuning:
+    found = sorted(estimates, key=lambda estimate: estimate.ms)
+    ms = {estimate.row.name: estimate.ms for estimate in found}
+    front = pareto([estimate.row for estimate in found], lambda row: ms[row.name])
+    return Tuning(tuple(found), tuple(row.name for row in front), noise)
 
 
 def _typical(

@@ -147,3 +147,17 @@ def test_noise_is_what_slow_repeats_take_more_than_the_fastest() -> None:
     assert noise_of([steady, wild, wild]) == pytest.approx(0.5)
     assert noise_of([steady, steady, wild]) == 0
     assert noise_of([]) == 0
+
+
+@pytest.mark.parametrize(("shortest", "turns"), [(0.0, 3), (5.0, 4), (1000.0, 30)])
+def test_what_is_over_in_an_instant_is_repeated_more(shortest: float, turns: int) -> None:
+    now = 0.0
+
+    def job() -> float:
+        nonlocal now
+        now += 1
+        return now
+
+    limits = {"repeats": 3, "seconds": 1000, "shortest": shortest}
+    found = interleaved({"job": job}, **limits, clock=lambda: now)  # type: ignore[arg-type]
+    assert found["job"] == [2.0 + turn for turn in range(turns)]  # the first turn does not count

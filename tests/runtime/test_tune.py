@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mdruntime.passes import PassShape, cost, foreseen
 from mdruntime.runner import Runner
 from mdruntime.sampling import Sampling
 from mdruntime.study import Study, StudyRow, chosen
-from mdruntime.tune import Forecast, Tuning, calibrated, milliseconds, pick, tune
+from mdruntime.tune import Forecast, Tuning, calibrated, milliseconds, pick, settled, tune
 
 Capture = pytest.CaptureFixture[str]
 Fake = Callable[..., tuple[Runner, Any]]
@@ -117,6 +118,25 @@ def test_a_budget_buys_the_best_quality_within_it(bundle: Bundle, fake_device: F
     assert f"the fastest, {fastest.row.name!r}, takes {fastest.ms:.1f} ms" in str(caught.value)
     enough = milliseconds(str(caught.value).split("pass --budget ")[1].split()[0])
     assert pick(tuning, budget_ms=enough).row.name == fastest.row.name
+
+
+def test_the_choice_was_measured_and_not_only_foreseen(bundle: Bundle, fake_device: Fake) -> None:
+    runner, device = fake_device(bundle)
+    tuning = tuned(runner, device)
+    foreseen_ms = {e.row.name: e.ms for e in tuning.estimates}
+    device.row_ms *= 2  # slower than it was when the passes were measured
+    budget = 1.01 * foreseen_ms["guided-8"]  # the best quality, which no longer fits
+    within = partial(pick, budget_ms=budget)
+    assert within(tuning).row.name == "guided-8"
+    after, choice = settled(runner, tuning, within, repeats=1, clock=device.clock)
+    assert choice.row.name != "guided-8"
+    assert choice.measured
+    assert choice.ms <= budget
+    known = {e.row.name: e for e in after.estimates}
+    assert known["guided-8"].measured
+    assert known["guided-8"].ms > 1.2 * foreseen_ms["guided-8"]
+    assert choice.row.name in after.front
+    assert [e.ms for e in after.estimates] == sorted(e.ms for e in after.estimates)
 
 
 def test_qualities_are_the_studys_choices_at_this_devices_times(
@@ -236,9 +256,9 @@ def test_the_choice_is_printed_kept_and_used(folder: Path, file: Path, capsys: C
     (marked,) = [line for line in lines if line.startswith("* ") and "guided-8" in line]
     assert marked.split()[2] == "8/1"
     assert marked.endswith("8.25 to 9.75      16")
-    (check,) = [line for line in lines if line.startswith("check: predicted ")]
-    predicted, measured = (float(part.split(" ms")[0].split()[-1]) for part in check.split(",")[:2])
-    assert ("beyond 15%" in check) == (abs(predicted / measured - 1) > 0.15)
+    (check,) = [line for line in lines if line.startswith("check: expected ")]
+    expected, measured = (float(part.split(" ms")[0].split()[-1]) for part in check.split(",")[:2])
+    assert ("beyond 15%" in check) == (abs(expected / measured - 1) > 0.15)
     assert lines[-1].startswith(f"wrote {file}")
     chosen = json.loads(file.read_text(encoding="utf-8"))
     assert (chosen["name"], chosen["batch"], chosen["machine"]["threads"]) == ("guided-8", 1, 1)
