@@ -32,10 +32,12 @@ from mdexport.trace import (
     trace_decoder,
     trace_denoiser,
     trace_encoder,
+    trace_head,
 )
 from mdexport.verification import verified, wanted
 from mdruntime.bundle import MANIFEST, file_spec, open_bundle
 from mdruntime.denoiser import CONDITION
+from mdruntime.first import HEAD
 from mdruntime.manifest import GraphSpec, VerificationRecord, dump
 from mdruntime.session import INT8 as CPU_INT8
 from mdruntime.verify import (
@@ -118,6 +120,7 @@ class _Work:
         self.graphs["denoiser"] = self.writer.write(
             "denoiser", graph, precision, self._conditioned, caches=caches
         )
+        self.graphs[HEAD] = self.writer.write_head(trace_head(self.model.denoiser.spec.codebook))
         return self._told("denoiser")
 
     def int8(self) -> str:

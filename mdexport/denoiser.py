@@ -9,7 +9,15 @@ from mdexport import head
 from mdruntime.denoiser import VISIBLE
 from mdruntime.manifest import DenoiserSpec
 
-__all__ = ["VISIBLE", "ConditionGraph", "Decoder", "Denoiser", "DenoiserGraph", "Encoder"]
+__all__ = [
+    "VISIBLE",
+    "ConditionGraph",
+    "Decoder",
+    "Denoiser",
+    "DenoiserGraph",
+    "Encoder",
+    "HeadGraph",
+]
 
 
 class Denoiser(Protocol):
@@ -90,6 +98,23 @@ class ConditionGraph(nn.Module):
     def forward(self, labels: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors of ``Denoiser.condition`` in their order."""
         return tuple(self.denoiser.condition(labels).values())
+
+
+class HeadGraph(nn.Module):
+    """The sampler head alone, for logits that were computed before."""
+
+    def forward(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        beta: Tensor,
+        token_beta: Tensor,
+        uniforms: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return the head's outputs."""
+        controls = {"temperature": temperature, "beta": beta, "token_beta": token_beta}
+        draws = head.draw(logits, controls, uniforms)
+        return tuple(draws[name] for name in head.OUTPUTS)
 
 
 class DenoiserGraph(nn.Module):

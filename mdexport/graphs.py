@@ -15,6 +15,7 @@ from mdexport.ranges import measure
 from mdexport.replay import Arrays
 from mdexport.retype import rounded
 from mdexport.trace import OPSET, tensor_specs
+from mdruntime.first import HEAD
 from mdruntime.manifest import GraphSpec, Island
 
 __all__ = ["CHECK", "TENSORRT", "Passes", "Writer", "write_check"]
@@ -80,6 +81,14 @@ class Writer:
         if low == ir.DataType.BFLOAT16:  # which ONNX Runtime lacks on a CPU
             _round(path, path, low)
         return spec
+
+    def write_head(self, graph: ir.Model) -> GraphSpec:
+        """Write the graph of the sampler head, which has no weights and only one spelling."""
+        path = self.folder / f"{HEAD}.onnx"
+        self._sign(graph, "fp32")
+        ir.save(graph, path)
+        inputs, outputs = (tensor_specs(some) for some in (graph.graph.inputs, graph.graph.outputs))
+        return GraphSpec(path.name, OPSET, {}, inputs, outputs, (), ())
 
     def _sign(self, graph: ir.Model, precision: str) -> None:
         graph.producer_name, graph.producer_version = "mdexport", mdruntime.__version__

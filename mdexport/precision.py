@@ -40,6 +40,7 @@ LIMITS = {
         "token_shift": 1e-4,
         "psnr_db": 60.0,
         "encoder_agreement": 0.99,
+        "head_agreement": 1.0,
     },
     "fp16": {
         "log_prob": 0.05,
@@ -47,6 +48,7 @@ LIMITS = {
         "token_shift": 0.05,
         "psnr_db": 35.0,
         "encoder_agreement": 0.9,
+        "head_agreement": 1.0,
     },
     "bf16": {
         "log_prob": 0.5,
@@ -55,6 +57,7 @@ LIMITS = {
         "mean_log_prob": 0.05,
         "psnr_db": 35.0,
         "encoder_agreement": 0.9,
+        "head_agreement": 1.0,
     },
 }
 """Largest differences in nats, and smallest agreement, against the float32 PyTorch model."""

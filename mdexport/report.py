@@ -16,6 +16,7 @@ _MEANING = {
     "token_shift": "largest change of a uniform under which PyTorch draws the same token",
     "token_agreement": "share of drawn tokens that are equal",
     "close_agreement": f"share of drawn tokens whose shift is at most {CLOSE:g}",
+    "head_agreement": "share of the draws from kept logits that are equal, bit by bit",
     "encoder_agreement": "share of the encoder's tokens that are equal",
     "psnr_db": "decoder's peak signal-to-noise ratio, dB (200: all pixels are equal)",
 }

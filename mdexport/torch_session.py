@@ -54,6 +54,9 @@ class TorchPasses:
         draws = dict(zip(OUTPUTS, found[: len(OUTPUTS)], strict=True))
         return {name: value.numpy() for name, value in {**draws, "logits": logits}.items()}
 
+    def views(self, sequences: int) -> None:
+        """Return None: caches are PyTorch's."""
+
     def clone(self) -> "TorchPasses":
         """Return a session on the same weights."""
         return TorchPasses(self._denoiser, compiled=self._compiled)

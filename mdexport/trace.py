@@ -4,6 +4,7 @@ import ast
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from mdexport.denoiser import VISIBLE, ConditionGraph, Denoiser, DenoiserGraph
+from mdexport.denoiser import VISIBLE, ConditionGraph, Denoiser, DenoiserGraph, HeadGraph
 from mdexport.head import OUTPUTS
 from mdruntime.denoiser import CONDITION
 from mdruntime.manifest import ImageSpec, PromptSpec, TensorSpec
@@ -27,6 +28,7 @@ __all__ = [
     "trace_decoder",
     "trace_denoiser",
     "trace_encoder",
+    "trace_head",
 ]
 
 OPSET = 23  # the first with the Attention operator
@@ -101,6 +103,20 @@ def trace_denoiser(denoiser: Denoiser, prompt: PromptSpec | None) -> ir.Model:
     return model
 
 
+def trace_head(codebook: int) -> ir.Model:
+    """Trace the sampler head alone, from guided logits (batch, k, codebook) to its outputs."""
+    k, batch = (Dim(name, min=1, max=_MOST_ROWS) for name in ("k", "batch"))
+    inputs = {
+        "logits": torch.zeros(_SAMPLES, _COLUMNS, codebook),
+        **{name: torch.ones(_SAMPLES) for name in ("temperature", "beta", "token_beta")},
+        "uniforms": torch.zeros(_SAMPLES, _COLUMNS),
+    }
+    free = {"logits": {0: batch, 1: k}, "uniforms": {0: batch, 1: k}}
+    model = _export(HeadGraph(), inputs, {name: free.get(name, {0: batch}) for name in inputs})
+    _rename(model.graph.outputs, OUTPUTS)
+    return model
+
+
 def trace_condition(denoiser: Denoiser, prompt: PromptSpec | None) -> ir.Model:
     """Trace what a denoiser computes once for a trajectory, from its labels or prompts."""
     labels = _example_labels(denoiser, _SAMPLES, prompt)
@@ -144,6 +160,7 @@ def _export(module: nn.Module, inputs: dict[str, Any], axes: Mapping[str, Any]) 
         )
     assert program is not None  # with dynamo=True and no file it always is
     model = program.model
+    _name_axes(model.graph, inputs, axes)
     for node in model.graph.all_nodes():
         path = _module_path(node)
         node.metadata_props.clear()  # stack traces: paths of the machine that exported
@@ -151,6 +168,35 @@ def _export(module: nn.Module, inputs: dict[str, Any], axes: Mapping[str, Any]) 
             node.metadata_props[MODULE] = path
         node.doc_string = None
     return model
+
+
+def _name_axes(graph: ir.Graph, inputs: Mapping[str, Any], axes: Mapping[str, Any]) -> None:
+    """Give the free axes the names they were asked for with.
+
+    PyTorch calls an axis s15 or so once it has found out what it has to be equal to.
+    """
+    asked = [axis for name in inputs for axis in _listed(axes[name])]
+    names: dict[str, str] = {}
+    for value, wanted in zip(graph.inputs, asked, strict=True):
+        found = value.shape or ()
+        free = {place: found[place] for place, axis in wanted.items() if type(axis) is Dim}
+        names |= {str(size): wanted[place].__name__ for place, size in free.items()}
+    outputs = (value for node in graph.all_nodes() for value in node.outputs)
+    for value in (*graph.inputs, *outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([_named(size, names) for size in value.shape])
+
+
+def _named(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+    """Return a size with the symbols in it, such as s15 in 2*s15, replaced by their names."""
+    if isinstance(size, int) or size.value is None:
+        return size if isinstance(size, int) else None
+    return re.sub(r"\w+", lambda found: names.get(found[0], found[0]), size.value)
+
+
+def _listed(axes: Any) -> list[Mapping[int, Any]]:
+    """Return the axes of an input: of a single tensor, or of each of a list."""
+    return list(axes) if isinstance(axes, list) else [axes]
 
 
 def _module_path(node: ir.Node) -> str:

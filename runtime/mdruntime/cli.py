@@ -15,6 +15,7 @@ from mdruntime import __version__, cli_bench, cli_build, cli_edit, cli_generate,
 from mdruntime.bundle import Bundle, open_bundle
 from mdruntime.doctor import examine
 from mdruntime.errors import MdruntimeError, ProviderError, SamplingError, VerificationError
+from mdruntime.first import FIRST_PASS_MB
 from mdruntime.manifest import Manifest
 from mdruntime.records import to_json
 from mdruntime.session import INT8, PROVIDERS, spelling_of
@@ -46,8 +47,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     cli_generate.add_flags(_command(commands, "generate", "make images or texts from a bundle"))
     cli_edit.add_flags(_command(commands, "edit", "inpaint, outpaint or vary an image"))
-    cli_tune.add_flags(_command(commands, "tune", "choose the sampler for this device"))
-    cli_bench.add_flags(_command(commands, "bench", "measure times on this device", optional=True))
+    cli_tune.add_flags(_command(commands, "tune", "choose the sampler for this device", kept=0))
+    bench = _command(commands, "bench", "measure times on this device", optional=True, kept=0)
+    cli_bench.add_flags(bench)
     build = commands.add_parser("build", help="build TensorRT engines for this device")
     _add_bundle(build)
     cli_build.add_flags(build)
@@ -60,13 +62,23 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _command(
-    commands: Any, name: str, summary: str, *, optional: bool = False
+    commands: Any,
+    name: str,
+    summary: str,
+    *,
+    optional: bool = False,
+    kept: float = FIRST_PASS_MB,
 ) -> argparse.ArgumentParser:
-    """Add a command that runs a bundle."""
+    """Add a command that runs a bundle.
+
+    Measurements keep no answers of first passes unless told to: what they time is a new request.
+    """
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary)
     _add_bundle(parser, provider=True, optional=optional)
     reduced = "keep decoder and encoder in memory only while they run"
     parser.add_argument("--reduce-memory", action="store_true", help=reduced)
+    answers = f"megabytes for answers of first passes, to be used again  [{kept:g}]"
+    parser.add_argument("--first-pass-mb", type=float, default=kept, metavar="MB", help=answers)
     return parser
 
 

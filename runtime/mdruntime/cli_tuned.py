@@ -23,6 +23,7 @@ def device_options(options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads,
         "reduce_memory": options.reduce_memory,
         "precision": options.precision,
+        "first_pass_mb": options.first_pass_mb,
     }
 
 

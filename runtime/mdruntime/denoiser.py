@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mdruntime.conditions import Conditions
 from mdruntime.errors import SamplingError
+from mdruntime.first import FirstPass
 from mdruntime.head import Draws, draw
 from mdruntime.layout import layout_of
 from mdruntime.manifest import DenoiserSpec, GraphSpec
@@ -42,6 +43,7 @@ class Denoiser:
         *,
         head: str = "graph",
         condition: Condition | None = None,
+        first: FirstPass | None = None,
     ) -> None:
         """Bind a batch to a session.
 
@@ -51,6 +53,7 @@ class Denoiser:
             conditions: of the batch.
             head: draw tokens in the ``graph``, or in ``numpy`` from the logits it returns.
             condition: the condition graph, where the bundle has one: see ``conditioner``.
+            first: runs the first pass, where answers of such are kept.
         """
         if head not in HEADS:
             raise SamplingError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
@@ -59,6 +62,7 @@ class Denoiser:
         self._conditions = conditions
         self._head = head
         self._guided = False
+        self._first = first  # None once it has run
         self._extras = {} if condition is None else _extras(condition, conditions)
 
     def __call__(self, request: Pass) -> Result:
@@ -144,10 +148,18 @@ class Denoiser:
             index = column * slots + self._layout.slots(request.wanted)
         else:
             distinct, index = wanted, np.tile(np.arange(wanted.shape[1]), (len(wanted), 1))
+        distinct = _two(distinct)
         uniforms = np.zeros((len(rows), distinct.shape[1] * slots), np.float32)
         np.put_along_axis(uniforms, index, request.uniforms, axis=1)
         feeds = {**self._feeds(request, rows, distinct), "uniforms": uniforms}
         return self._answer(request, feeds, index)
+
+    def _everywhere(self, request: Pass) -> NDArray[np.int32]:
+        """Return the rows (graph rows, K) of a full pass that hold a hidden token."""
+        hidden = self._canvas[request.samples] == self._spec.mask_token
+        tokens = padded([np.flatnonzero(row) for row in hidden])
+        rows = padded([np.unique(row) for row in self._layout.rows(tokens)])
+        return self._doubled(_two(rows)).astype(np.int32)
 
     def _answer(self, request: Pass, feeds: Feeds, index: Positions) -> Result:
         """Run the graph, and pick from its outputs what was wanted."""
@@ -159,7 +171,11 @@ class Denoiser:
         fetch = [] if numpy else list(Draws._fields)
         if numpy or request.logits:
             fetch.append("logits")
-        outputs = self._session.run(feeds, fetch)
+        first, self._first = self._first, None
+        if first is None:
+            outputs = self._session.run(feeds, fetch)
+        else:
+            outputs = first.run(feeds, fetch, self._everywhere(request), self._spec.codebook)
         logits = outputs.get("logits")
         if logits is not None:
             logits = np.take_along_axis(logits, index[..., None], axis=1)
@@ -167,6 +183,15 @@ class Denoiser:
             assert logits is not None
             return Result(draw(logits, request.controls, request.uniforms), logits)
         return Result(Draws(*(pick(outputs[name]) for name in Draws._fields)), logits)
+
+
+def _two(rows: Positions) -> Positions:
+    """Return rows (active, k) with a single one of them, k = 1, repeated.
+
+    Products with a single row are rounded in another way on some CPUs. A sample would depend on
+    how many run together, and on where else logits were wanted.
+    """
+    return np.repeat(rows, 2, axis=1) if rows.shape[1] == 1 else rows
 
 
 def _columns(rows: Positions, wanted: Positions, canvas: int) -> Positions:

@@ -5,6 +5,7 @@ from typing import Any
 
 from mdruntime.bundle import open_bundle
 from mdruntime.errors import BundleError
+from mdruntime.first import FIRST_PASS_MB
 from mdruntime.pipeline import Pipeline
 from mdruntime.runner import Runner
 from mdruntime.text import TextPipeline
@@ -23,6 +24,7 @@ def load(  # noqa: PLR0913 - what a device may ask for, all of it optional
     tuned: bool = True,
     reduce_memory: bool = False,
     precision: str = "",
+    first_pass_mb: float = FIRST_PASS_MB,
 ) -> Pipeline:
     """Open a bundle of an image model and return its pipeline; see ``load_text`` for text.
 
@@ -37,6 +39,9 @@ def load(  # noqa: PLR0913 - what a device may ask for, all of it optional
             it did.
         reduce_memory: keep decoder and encoder in memory only while they run.
         precision: one that the bundle was exported in, such as ``int8``; its own if empty.
+        first_pass_mb: megabytes to keep answers of first passes in, which are the same for every
+            seed, so that the same condition asked for again takes a pass less (provider ``cpu``);
+            0 keeps none.
 
     Raises:
         BundleError: the bundle or the file of ``mdruntime tune`` is incomplete, altered, of another
@@ -54,6 +59,7 @@ def load(  # noqa: PLR0913 - what a device may ask for, all of it optional
         "head": head,
         "reduce_memory": reduce_memory,
         "precision": precision,
+        "first_pass_mb": first_pass_mb,
     }
     return Pipeline(Runner(bundle, provider, tuned=choice, **options))
 
@@ -68,6 +74,7 @@ def load_text(  # noqa: PLR0913 - what a device may ask for, all of it optional
     tuned: bool = True,
     reduce_memory: bool = False,
     precision: str = "",
+    first_pass_mb: float = FIRST_PASS_MB,
 ) -> TextPipeline:
     """Open a bundle of a text model and return its pipeline; the arguments are those of ``load``.
 
@@ -87,5 +94,6 @@ def load_text(  # noqa: PLR0913 - what a device may ask for, all of it optional
         "head": head,
         "reduce_memory": reduce_memory,
         "precision": precision,
+        "first_pass_mb": first_pass_mb,
     }
     return TextPipeline(Runner(bundle, provider, tuned=choice, **options))

@@ -225,6 +225,11 @@ class Manifest:
         if "default" not in self.presets:
             raise BundleError("manifest.presets lacks 'default'")
 
+    @property
+    def engines(self) -> list[str]:
+        """Names of the graphs that TensorRT is to run: those that are spelled for it."""
+        return [name for name, graph in self.graphs.items() if "tensorrt" in graph.spellings]
+
     def _graph_files(self) -> list[str]:
         return [
             path

@@ -5,8 +5,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mdruntime.bundle import Bundle
 from mdruntime.errors import BundleError, ProviderError, SamplingError
@@ -153,6 +155,13 @@ class OrtSession:
         """Make the next passes go over canvases of this many rows."""
         self._caches.start(canvas)
 
+    def views(self, sequences: int) -> list[NDArray[Any]] | None:
+        """Return the caches of so many sequences where they are the host's."""
+        if self.provider != "cpu" or self._copy is not None:
+            return None
+        self._make_room(self._open_session(), sequences)
+        return self._caches.views(sequences)
+
     def clone(self) -> "OrtSession":
         """Return a session on the same weights with caches of its own."""
         twin = object.__new__(OrtSession)
@@ -190,9 +199,13 @@ class OrtSession:
             raise BundleError("the pipeline is closed; load the bundle again")
         return self._opened
 
-    def _bound(self, opened: Opened, feeds: Feeds, fetch: Sequence[str], rows: int) -> Outputs:
-        if rows and self._caches.make_room(rows):
+    def _make_room(self, opened: Opened, rows: int) -> None:
+        if self._caches.make_room(rows):
             self._drop(opened, all_of_them=True)  # they are bound to caches that are no more
+
+    def _bound(self, opened: Opened, feeds: Feeds, fetch: Sequence[str], rows: int) -> Outputs:
+        if rows:
+            self._make_room(opened, rows)
         arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         create = opened.session.io_binding
         bound, fresh = self._bindings.bind(arrays, fetch, self._caches.side, create)

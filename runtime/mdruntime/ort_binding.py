@@ -70,6 +70,11 @@ class Caches:
             binding.bind_input(tensor.name, *where, read[tensor.name].data_ptr())
             binding.bind_output(after, *where, write[tensor.name].data_ptr())
 
+    def views(self, rows: int) -> list[Array]:
+        """Return the first ``rows`` sequences of every cache, which must lie in host memory."""
+        # On a CPU, numpy() shows the buffer itself.
+        return [self._sets[self.side][tensor.name].numpy()[:rows] for tensor, _ in self._pairs]
+
     def turn(self, rows: int) -> None:
         """Say that a pass over ``rows`` sequences is done, so that the next reads what it wrote."""
         self._alive = max(self._alive, rows)

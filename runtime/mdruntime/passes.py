@@ -13,7 +13,7 @@ from mdruntime.manifest import Manifest
 from mdruntime.randomness import Randomness
 from mdruntime.sampler import Canvas, unmask
 from mdruntime.sampling import Sampling
-from mdruntime.session import Feeds, FunctionSession, Outputs, Session
+from mdruntime.session import Feeds, FunctionSession, Outputs, Session, Wrapper
 
 __all__ = ["Counted", "PassShape", "cost", "foreseen"]
 
@@ -34,35 +34,30 @@ class PassShape:
         return self.rows == self.canvas
 
 
-class Counted:
+class Counted(Wrapper):
     """A session that remembers the sizes of its passes."""
 
     def __init__(self, session: Session) -> None:
         """Take the session that does the work."""
-        self._session = session
-        self.provider = session.provider
+        super().__init__(session)
         self.shapes: list[PassShape] = []
         self._canvas = 0
 
     def start(self, canvas: int) -> None:
         """Begin a full pass over canvases of this many rows."""
         self._canvas = canvas
-        self._session.start(canvas)
+        super().start(canvas)
 
     def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
         """Run a pass and remember its sizes."""
         (sequences, rows), columns = feeds["positions"].shape, feeds["columns"].shape[1]
         samples = len(feeds["conditional"])
         self.shapes.append(PassShape(samples, sequences, rows, columns, self._canvas))
-        return self._session.run(feeds, fetch)
+        return super().run(feeds, fetch)
 
     def clone(self) -> "Counted":
         """Return a session with a count of its own."""
-        return Counted(self._session.clone())
-
-    def close(self) -> None:
-        """Release the device's memory."""
-        self._session.close()
+        return Counted(self.inner.clone())
 
 
 def cost(shapes: Sequence[PassShape], samples: int) -> float:

@@ -15,7 +15,7 @@ from mdruntime.pipeline import Pipeline
 from mdruntime.prompt import conditions_of
 from mdruntime.runner import Runner
 from mdruntime.sampler import Pass
-from mdruntime.session import Feeds, Outputs, Session
+from mdruntime.session import Feeds, Outputs, Session, Wrapper
 from mdruntime.text import TextPipeline
 
 __all__ = ["Clock", "Probe", "denoiser_of", "guidable", "pipeline_of", "request_of"]
@@ -45,27 +45,24 @@ def guidable(manifest: Manifest) -> bool:
     return conditional and manifest.denoiser.unconditional
 
 
-class _Timed:
+class _Timed(Wrapper):
     """A session that knows what its last pass took."""
 
     def __init__(self, session: Session, clock: Clock) -> None:
-        self._session, self._clock = session, clock
-        self.provider = session.provider
+        super().__init__(session)
+        self._clock = clock
         self.ms = 0.0
         self.size = (0, 0)  # rows and columns
 
-    def start(self, canvas: int) -> None:
-        self._session.start(canvas)
-
     def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
         began = self._clock()
-        outputs = self._session.run(feeds, fetch)
+        outputs = super().run(feeds, fetch)
         self.ms = 1000 * (self._clock() - began)
         self.size = (feeds["positions"].shape[1], feeds["columns"].shape[1])
         return outputs
 
     def clone(self) -> "_Timed":
-        return _Timed(self._session.clone(), self._clock)
+        return _Timed(self.inner.clone(), self._clock)
 
     def close(self) -> None:
         """Leave the session open: it is the runner's."""

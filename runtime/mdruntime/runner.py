@@ -1,5 +1,6 @@
 """An opened bundle: its sessions, and the one loop that all pipelines run."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from mdruntime.bundle import Bundle
 from mdruntime.conditions import Conditions, whole
 from mdruntime.denoiser import HEADS, Denoiser, conditioner
 from mdruntime.errors import SamplingError
+from mdruntime.first import HEAD, FirstPass, FirstPasses
 from mdruntime.manifest import Manifest
 from mdruntime.ort import available_threads
 from mdruntime.passes import Counted
@@ -31,7 +33,7 @@ _OF_ORDER = ("substeps", "refresh", "refresh_interval", "tokens")
 class Runner:
     """Sessions of a bundle's graphs, opened when they are first used. One per thread."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a device may ask for, all of it optional
         self,
         bundle: Bundle,
         provider: str = "cpu",
@@ -41,6 +43,7 @@ class Runner:
         tuned: Tuned | None = None,
         reduce_memory: bool = False,
         precision: str = "",
+        first_pass_mb: float = 0.0,
     ) -> None:
         """Open the denoiser of a bundle.
 
@@ -52,6 +55,7 @@ class Runner:
             tuned: what was chosen for this device; it is the default then.
             reduce_memory: keep decoder and encoder in memory only while they run.
             precision: one that the bundle was exported in, such as ``int8``; its own if empty.
+            first_pass_mb: megabytes for answers of first passes; see ``FirstPasses``.
 
         Raises:
             SamplingError: the bundle has no such precision.
@@ -66,6 +70,7 @@ class Runner:
         self._head = head
         self._counted: Counted | None = None
         self._runs = 0  # begun so far
+        self.first_passes = _first_passes(first_pass_mb)
         self.precision = precision or bundle.manifest.precision
         self._backend: Backend = open_backend(
             bundle,
@@ -86,7 +91,7 @@ class Runner:
         runner = object.__new__(cls)
         runner.bundle, runner.tuned, runner.precision = bundle, None, bundle.manifest.precision
         runner._threads, runner._head, runner._runs = 0, "graph", 0
-        runner._backend, runner._counted = backend, None
+        runner._backend, runner._counted, runner.first_passes = backend, None, FirstPasses(0)
         return runner
 
     @property
@@ -143,7 +148,7 @@ class Runner:
         """Return a runner for another thread: the same weights, caches of its own."""
         twin = Runner.over(self.bundle, self._backend.clone())
         twin.tuned, twin.precision = self.tuned, self.precision
-        twin._head, twin._threads = self._head, self._threads
+        twin._head, twin._threads, twin.first_passes = self._head, self._threads, self.first_passes
         if self._counted is not None:
             twin.counted()
         return twin
@@ -186,11 +191,24 @@ class Runner:
         if "condition" in graphs:
             condition = conditioner(self.session("condition"), graphs["condition"])
         session = self.session("denoiser")
-        denoiser = Denoiser(session, spec, conditions, head=self._head, condition=condition)
+        first = self._first_pass(session, sampling)
+        denoiser = Denoiser(
+            session, spec, conditions, head=self._head, condition=condition, first=first
+        )
         length = tokens.shape[1]
         grid = spec.grid if length == spec.length else (length,)
         canvas = Canvas(length, grid, spec.mask_token)
         return self._alone(unmask(denoiser, tokens, canvas, sampling, source))
+
+    def _first_pass(self, session: Session, sampling: Sampling) -> FirstPass | None:
+        """Return what runs first passes, if their answers are kept."""
+        if not self.first_passes.limit or session.provider != "cpu":
+            return None
+        head = None
+        if HEAD in self.manifest.graphs and self._head == "graph":
+            head = self.session(HEAD)
+        partial = sampling.substeps > 1 or sampling.refresh_interval > 1
+        return FirstPass(self.first_passes, session, head, partial=partial)
 
     def _alone(self, steps: Iterator[Step]) -> Iterator[Step]:
         """Pass steps on until another run begins: its keys and values are in the caches then."""
@@ -246,6 +264,12 @@ class Runner:
             return np.concatenate([session.run({name: i[None]}, [output])[output] for i in items])
         finally:
             self._backend.release(graph)
+
+
+def _first_passes(megabytes: float) -> FirstPasses:
+    if not 0 <= megabytes < math.inf:
+        raise SamplingError(f"first_pass_mb must be 0 (keep nothing) or more, got {megabytes}")
+    return FirstPasses(megabytes)
 
 
 def randomness(seed: int, first_index: int, batch: int) -> Randomness:

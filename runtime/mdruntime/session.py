@@ -23,6 +23,7 @@ __all__ = [
     "Outputs",
     "Session",
     "Sessions",
+    "Wrapper",
     "open_backend",
     "open_session",
     "spelling_of",
@@ -53,6 +54,12 @@ class Session(Protocol):
 
     def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
         """Run the graph once and return the outputs named in ``fetch``."""
+
+    def views(self, sequences: int) -> list[Array] | None:
+        """Return the caches of so many sequences, (sequences, ...) each, to be read and written.
+
+        None where they do not lie in the memory of the host.
+        """
 
     def clone(self) -> "Session":
         """Return a session that shares the weights but not the caches, for another thread."""
@@ -104,12 +111,41 @@ class FunctionSession:
         outputs = self.function(feeds)
         return {name: np.asarray(outputs[name]) for name in fetch}
 
+    def views(self, sequences: int) -> list[Array] | None:
+        """Return nothing: a function keeps no caches."""
+        return []
+
     def clone(self) -> "FunctionSession":
         """Return a session around the same function."""
         return FunctionSession(self.function)
 
     def close(self) -> None:
         """Do nothing: a function holds no memory of a device."""
+
+
+class Wrapper:
+    """A session around another one, to be derived from by what does something besides."""
+
+    def __init__(self, session: Session) -> None:
+        """Take the session that does the work."""
+        self.inner = session
+        self.provider = session.provider
+
+    def start(self, canvas: int) -> None:
+        """Pass it on."""
+        self.inner.start(canvas)
+
+    def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
+        """Pass it on."""
+        return self.inner.run(feeds, fetch)
+
+    def views(self, sequences: int) -> list[Array] | None:
+        """Return those of the inner session."""
+        return self.inner.views(sequences)
+
+    def close(self) -> None:
+        """Pass it on."""
+        self.inner.close()
 
 
 class Sessions:

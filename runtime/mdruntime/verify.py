@@ -6,7 +6,7 @@ forced*: every pass gets the reference's tokens, whatever the graph drew before,
 that flips would change all that follows. The K/V caches, however, are the graph's own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mdruntime.bundle import Bundle
 from mdruntime.denoiser import CONDITION, Condition, conditioner
 from mdruntime.errors import BundleError
+from mdruntime.first import HEAD, HEAD_INPUTS
 from mdruntime.head import Draws
 from mdruntime.measures import compare, faults_of
 from mdruntime.session import Outputs, Session, open_session
@@ -86,7 +87,7 @@ class Verification:
         return found
 
 
-_AT_LEAST = ("psnr_db", "encoder_agreement", "close_agreement")
+_AT_LEAST = ("psnr_db", "encoder_agreement", "close_agreement", "head_agreement")
 _TOLD = 3  # faults that a message names; one NaN in a cache is in every output that follows
 
 
@@ -164,7 +165,13 @@ def verify(
     session = open_session(bundle, "denoiser", provider, threads=threads, spelling=spelling)
     replay = Replay(session, condition, names)
     fetch = [*Draws._fields, *([] if spelling else ["logits"])]
-    measured = compare(zip(passes, replay.over(passes, fetch), strict=True))
+    answers = replay.over(passes, fetch)
+    drawn = None
+    if HEAD in bundle.manifest.graphs and not spelling:
+        drawn = HeadCheck(open_session(bundle, HEAD, provider, threads=threads))
+        answers = drawn.over(passes, answers)
+    measured = compare(zip(passes, answers, strict=True))
+    measured |= {} if drawn is None else {"head_agreement": drawn.agreement}
     session.close()
     limits = bundle.manifest.verification.limits_of(spelling)
     measured |= _verify_images(bundle, provider, threads, spelling)
@@ -208,6 +215,30 @@ class Replay:
                 self.session.start(int(expected["canvas"]))
             outputs = self.session.run(feeds, fetch)
             self.faults.extend(faults_of(where, outputs))
+            yield outputs
+
+
+class HeadCheck:
+    """Draws again from the logits of passes, by the head's own graph."""
+
+    def __init__(self, session: Session) -> None:
+        """Take the session of the graph ``HEAD``."""
+        self._session = session
+        self._equal = self._all = 0
+
+    @property
+    def agreement(self) -> float:
+        """Share of the head's numbers that are the passes' own, bit by bit."""
+        return self._equal / max(1, self._all)
+
+    def over(self, passes: Iterable[Arrays], answers: Iterable[Outputs]) -> Iterator[Outputs]:
+        """Pass the answers to recorded passes on, each of them checked."""
+        for expected, outputs in zip(passes, answers, strict=True):
+            given = {**expected, "logits": outputs["logits"]}
+            feeds = {name: given[name] for name in HEAD_INPUTS}
+            for name, values in self._session.run(feeds, Draws._fields).items():
+                self._equal += int((values == outputs[name]).sum())
+                self._all += values.size
             yield outputs
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
-from mdruntime.session import Backend, Feeds, Outputs, Session
+from mdruntime.session import Backend, Feeds, Outputs, Session, Wrapper
 
 __all__ = ["WatchedBackend"]
 
@@ -40,27 +40,21 @@ class WatchedBackend:
         self._backend.close()
 
 
-class _Watched:
-    """A session whose time is added up; satisfies ``session.Session``."""
+class _Watched(Wrapper):
+    """A session whose time is added up."""
 
     def __init__(
         self, session: Session, graph: str, ms: dict[str, float], clock: Callable[[], float]
     ) -> None:
-        self._session, self._graph, self._ms, self._clock = session, graph, ms, clock
-        self.provider = session.provider
-
-    def start(self, canvas: int) -> None:
-        self._session.start(canvas)
+        super().__init__(session)
+        self._graph, self._ms, self._clock = graph, ms, clock
 
     def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
         began = self._clock()
-        outputs = self._session.run(feeds, fetch)
+        outputs = super().run(feeds, fetch)
         spent = 1000 * (self._clock() - began)
         self._ms[self._graph] = self._ms.get(self._graph, 0.0) + spent
         return outputs
 
     def clone(self) -> "_Watched":
-        return _Watched(self._session.clone(), self._graph, {}, self._clock)
-
-    def close(self) -> None:
-        self._session.close()
+        return _Watched(self.inner.clone(), self._graph, {}, self._clock)

@@ -75,7 +75,7 @@ def test_every_graph_has_a_spelling_that_tensorrt_is_published_to_have(
     built: Callable[[str, str], Path], family: str, precision: str
 ) -> None:
     bundle = open_bundle(built(family, precision), check=False)
-    for graph in bundle.manifest.graphs:
+    for graph in bundle.manifest.engines:
         path = bundle.path(graph, "tensorrt")
         assert path.name == f"{graph}.tensorrt.onnx"
         assert misfits(path) == []

@@ -148,7 +148,7 @@ def _add_engines(
     place = folder / store.ENGINES / here.key
     place.mkdir(parents=True)
     plans = {}
-    for graph in bundle.manifest.graphs:
+    for graph in bundle.manifest.engines:
         shapes = profiles.profiles(bundle.manifest, graph, chosen.ranges)
         plan = place / f"{graph}.plan"
         request = builder.PlanRequest(
@@ -265,6 +265,8 @@ class FakeDevice:
     def start(self, canvas: int) -> None: ...
 
     def close(self) -> None: ...
+
+    def views(self, sequences: int) -> None: ...
 
     def clone(self) -> "FakeDevice":
         return self

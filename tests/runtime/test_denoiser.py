@@ -129,8 +129,8 @@ def test_guidance_doubles_the_rows_and_drops_the_class_in_the_second_half() -> N
     assert graph.last["conditional"].tolist() == [0, 1, 2]
     assert graph.last["unconditional"].tolist() == [3, 4, 5]
     assert graph.last["positions"].shape == (6, 5)
-    assert graph.last["columns"].shape == (6, 1)
-    assert graph.last["uniforms"].shape == (3, 1)
+    assert graph.last["columns"].shape == (6, 2)
+    assert graph.last["uniforms"].shape == (3, 2)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_partial_pass_keeps_the_rows_of_the_full_pass(guidance: float) -> None
     assert graph.canvases == [5]  # no new canvas
     assert graph.last["positions"].tolist() == [[3, 1], [0, 2]] * halves
     assert graph.last["tokens"].tolist() == [[5, MASK], [4, MASK]] * halves
-    assert graph.last["columns"].tolist() == [[1], [1]] * halves
+    assert graph.last["columns"].tolist() == [[1, 1], [1, 1]] * halves  # never one alone
     assert found.draws.sampled.tolist() == [[10], [20]]
 
 
@@ -180,8 +180,8 @@ def test_tokens_that_share_a_row_are_asked_for_together_and_answered_apart() -> 
     partial = denoiser(request([[1, MASK, 5]], [[6]], [[7, 6, 1]]))
     assert graph.last["positions"].tolist() == [[1, 4]]
     assert graph.last["tokens"].tolist() == [[0, 5, MASK, 1]]  # token 0 stays in token 1's row
-    assert graph.last["columns"].tolist() == [[1]]
-    assert graph.last["uniforms"] == pytest.approx(np.array([[0.01, 0]]))
+    assert graph.last["columns"].tolist() == [[1, 1]]
+    assert graph.last["uniforms"] == pytest.approx(np.array([[0.01, 0, 0, 0]]))
     assert partial.draws.sampled.tolist() == [[40]]
 
 
@@ -202,7 +202,7 @@ def test_context_rows_are_recomputed_in_partial_passes_where_the_model_needs_it(
     found = denoiser(request([[2, MASK]], [[3]], [[1, 3]]))
     assert graph.last["positions"].tolist() == [[0, 2, 4]]
     assert graph.last["tokens"].tolist() == [[17, 2, MASK]]
-    assert graph.last["columns"].tolist() == [[2]]
+    assert graph.last["columns"].tolist() == [[2, 2]]
     assert found.draws.sampled.tolist() == [[40]]
 
 

@@ -17,7 +17,7 @@ from mdruntime.manifest import DenoiserSpec, ImageSpec
 from mdruntime.pipeline import Pipeline
 from mdruntime.randomness import Randomness
 from mdruntime.runner import Runner
-from mdruntime.session import Feeds, Outputs, Session, open_session
+from mdruntime.session import Feeds, Outputs, Session, Wrapper, open_session
 
 ONE = ImageSpec(8, 8, 2)
 
@@ -28,26 +28,19 @@ def spec_of(grid: tuple[int, int], patch: tuple[int, int] = (1, 1)) -> DenoiserS
     return DenoiserSpec(length, rows, 0, grid, patch, 16, 16, 0, 1, ())
 
 
-class Watching:
+class Watching(Wrapper):
     """A session that keeps what it was fed."""
 
     def __init__(self, session: Session) -> None:
-        self.session = session
-        self.provider = session.provider
+        super().__init__(session)
         self.feeds: list[Feeds] = []
-
-    def start(self, canvas: int) -> None:
-        self.session.start(canvas)
 
     def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
         self.feeds.append(feeds)
-        return self.session.run(feeds, fetch)
+        return super().run(feeds, fetch)
 
     def clone(self) -> "Watching":
         return self
-
-    def close(self) -> None:
-        self.session.close()
 
 
 @pytest.fixture(params=["maskgit", "maskbit"])

@@ -18,7 +18,7 @@ from mdruntime.plan import make_plan, pass_rows
 from mdruntime.runner import Runner
 from mdruntime.sampling import Sampling
 from mdruntime.schedule import hidden_counts
-from mdruntime.session import Feeds, Outputs, Session, open_session
+from mdruntime.session import Feeds, Outputs, Session, Wrapper, open_session
 
 SAMPLINGS: list[dict[str, Any]] = [
     {},
@@ -30,26 +30,19 @@ SAMPLINGS: list[dict[str, Any]] = [
 ]
 
 
-class Counting:
+class Counting(Wrapper):
     """A session that counts what it is asked for."""
 
     def __init__(self, session: Session) -> None:
-        self.session = session
-        self.provider = session.provider
+        super().__init__(session)
         self.shapes: list[tuple[int, ...]] = []
-
-    def start(self, canvas: int) -> None:
-        self.session.start(canvas)
 
     def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
         self.shapes.append(feeds["tokens"].shape)
-        return self.session.run(feeds, fetch)
+        return super().run(feeds, fetch)
 
     def clone(self) -> "Counting":
-        return Counting(self.session.clone())
-
-    def close(self) -> None:
-        self.session.close()
+        return Counting(self.inner.clone())
 
 
 def with_denoiser(

@@ -114,7 +114,7 @@ def open_trt(
         found = store.read_engines(engines)
     plans = found.record.plans
     loaded = {
-        graph: LoadedEngine(trt, _plan(bundle, found, graph)) for graph in bundle.manifest.graphs
+        graph: LoadedEngine(trt, _plan(bundle, found, graph)) for graph in bundle.manifest.engines
     }
     skipped = (*_RARE, *(ON_DEMAND if reduce_memory else ()))
     reserve = max((plan.device_bytes for name, plan in plans.items() if name not in skipped))

@@ -88,7 +88,7 @@ def build(
             f"build --model {bundle.manifest.name} --int8"
         )
     with _log(bundle.folder / store.ENGINES) as log:
-        steps = Steps(launch, log, clock, steps=len(bundle.manifest.graphs) + 2)
+        steps = Steps(launch, log, clock, steps=len(bundle.manifest.engines) + 2)
         yield steps.begin("device")
         data = {"bundle": str(bundle.folder), "options": to_json(options)}
         answer = yield from steps.run("device", "probe", data)
@@ -153,7 +153,7 @@ def _plain(work: _Work, options: BuildOptions) -> Making:
         yield work.steps.end("engines", f"there already, built {found.record.built[:10]}")
         return store.choose(found)
     with _making(work, options, identity) as plans:
-        for graph in work.bundle.manifest.graphs:
+        for graph in work.bundle.manifest.engines:
             yield from plans.build(graph, work.steps, work.here.memory)
         trial = yield from _verified(work, plans)
         return _publish(work, plans, trial)
@@ -166,7 +166,7 @@ def _int8(work: _Work, options: BuildOptions) -> Making:
     then = yield from _plain(work, higher)
     identity = work.here.identity.chosen(work.bundle, options)
     with _making(work, options, identity) as plans:
-        for graph in work.bundle.manifest.graphs:
+        for graph in work.bundle.manifest.engines:
             if graph != "denoiser":
                 plans.take(graph, then)
         yield from plans.build("denoiser", work.steps, work.here.memory)

@@ -169,7 +169,7 @@ def spelling_of(graph: str, options: BuildOptions) -> str:
 def _choices(bundle: Bundle, options: BuildOptions) -> dict[str, Any]:
     """Return the fields that do not depend on the machine but on what was asked for."""
     manifest = bundle.manifest
-    shapes = {name: profiles(manifest, name, options.ranges) for name in manifest.graphs}
+    shapes = {name: profiles(manifest, name, options.ranges) for name in manifest.engines}
     return {
         "graphs": _sha256(_files(bundle, options)),
         "profiles": _sha256(to_json(shapes)),
@@ -185,7 +185,7 @@ def _files(bundle: Bundle, options: BuildOptions) -> Sequence[tuple[str, str]]:
     files = bundle.manifest.files
     graphs = {
         bundle.path(name, spelling_of(name, options)).relative_to(bundle.folder).as_posix()
-        for name in bundle.manifest.graphs
+        for name in bundle.manifest.engines
     }
     built = [name for name in files if name in graphs or name.endswith(".weights")]
     return [(name, files[name].sha256) for name in sorted(built)]

@@ -147,7 +147,7 @@ def require_room(bundle: Bundle, folder: Path) -> None:
     Raises:
         OSError: with what is needed and what is free.
     """
-    weights = sum(_weights(bundle, graph, BuildOptions()) for graph in bundle.manifest.graphs)
+    weights = sum(_weights(bundle, graph, BuildOptions()) for graph in bundle.manifest.engines)
     needed, free = int(1.2 * weights) + 16 * MIB, shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(

@@ -82,6 +82,9 @@ class TrtSession:
         """Make the next passes go over canvases of this many rows."""
         self._caches.start(canvas)
 
+    def views(self, sequences: int) -> None:
+        """Return None: caches stay on the device."""
+
     def clone(self) -> "TrtSession":
         """Return a session on the same engine with a stream and caches of its own."""
         self._ready()

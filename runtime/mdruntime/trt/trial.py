@@ -20,7 +20,7 @@ from mdruntime.cuda import open_cuda
 from mdruntime.denoiser import VISIBLE, conditioner
 from mdruntime.head import Draws
 from mdruntime.measures import compare
-from mdruntime.session import Backend, Feeds, Outputs, Session, open_backend
+from mdruntime.session import Backend, Feeds, Outputs, Wrapper, open_backend
 from mdruntime.timing import interleaved, noise_of
 from mdruntime.trt import api
 from mdruntime.trt.identity import BuildOptions, current, spelling_of
@@ -213,25 +213,18 @@ def _job(replay: Replay, passes: Sequence[Arrays]) -> Callable[[], float]:
     return ms
 
 
-class _OneByOne:
+class _OneByOne(Wrapper):
     """A session of an image graph, whose engine takes one image at a time."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self.provider = session.provider
-
-    def start(self, canvas: int) -> None:
-        """Do nothing: there are no caches."""
 
     def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
         """Run the graph for each item."""
         ((name, items),) = feeds.items()
-        found = [self._session.run({name: item[None]}, fetch) for item in items]
+        found = [super(_OneByOne, self).run({name: item[None]}, fetch) for item in items]
         return {output: np.concatenate([one[output] for one in found]) for output in fetch}
 
     def clone(self) -> "_OneByOne":
         """Return the same for another thread."""
-        return _OneByOne(self._session.clone())
+        return _OneByOne(self.inner.clone())
 
     def close(self) -> None:
         """Leave the session to the backend."""
