@@ -49,7 +49,7 @@ FULL = Plan(
     few=8,
     repeats=5,
     shortest=1,
-    longest=20,
+    longest=15,
 )
 SHORT = Plan(
     images="digits",

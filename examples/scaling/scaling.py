@@ -1,7 +1,8 @@
 """Does cost grow as it should, with canvas, batch, rows and rounds?
 
 Command   python examples/scaling/scaling.py                   (or: ... --short)
-Time      twelve minutes on 2 CPU cores, four of them to build two models; at most 9 GB of memory
+Time      eight minutes on 2 CPU cores that do nothing else, and four to build two models the first
+          time; at most 9 GB of memory
 Result    results/scaling.md and four charts beside it
 
 Times of passes and samples of random weights, built from a seed. A straight line through the
