@@ -2,7 +2,7 @@
 
 Command   python examples/scaling/scaling.py                   (or: ... --short)
 Time      eight minutes on 2 CPU cores that do nothing else, and four to build two models the first
-          time; at most 9 GB of memory
+          time; at most 5 GB of memory
 Result    results/scaling.md and four charts beside it
 
 Times of passes and samples of random weights, built from a seed. A straight line through the
