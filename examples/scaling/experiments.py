@@ -99,7 +99,7 @@ class Experiment:
 
     name: str
     grows: str  # label of an axis
-    model: str
+    model: str  # and what its weights are
     lines: tuple[Line, ...]
 
 
@@ -140,6 +140,13 @@ def _probe(runner: Runner, batch: int, length: int = 0) -> Probe:
     return Probe(runner, Kind(batch, False, False), (), time.perf_counter, length=length)
 
 
+def _told(runner: Runner) -> str:
+    """Return which model was run, in Markdown."""
+    manifest = runner.manifest
+    seed = f" of seed {manifest.weights.seed}" if manifest.weights.seed >= 0 else ""
+    return f"`{manifest.name}`, {manifest.weights.origin} weights{seed}, {manifest.precision}."
+
+
 def _pass(probe: Probe, shape: PassShape, counted: Arithmetic) -> Job:
     count = 0 if shape.full else shape.rows  # a probe's name for a full pass
     return Job(partial(probe.ms, count, shape.columns), counted.flops(shape))
@@ -176,7 +183,7 @@ def lengths(runner: Runner, plan: Plan, tell: Tell) -> Experiment:
                 shape = PassShape(1, 1, count, columns, size)
                 jobs[label][size] = _pass(probe, shape, counted)
         lines = tuple(_timed(jobs, expected, plan, tell))
-    return Experiment("length", "tokens of the canvas", plan.text, lines)
+    return Experiment("length", "tokens of the canvas", _told(runner), lines)
 
 
 def batches(runner: Runner, plan: Plan, tell: Tell) -> Experiment:
@@ -199,7 +206,7 @@ def batches(runner: Runner, plan: Plan, tell: Tell) -> Experiment:
             shape = PassShape(size, size, count, columns, canvas)
             jobs[label][size] = _pass(probe, shape, counted)
     lines = tuple(_timed(jobs, expected, plan, tell))
-    return Experiment("batch", "samples in a batch", plan.images, lines)
+    return Experiment("batch", "samples in a batch", _told(runner), lines)
 
 
 def rows(runner: Runner, plan: Plan, tell: Tell) -> Experiment:
@@ -213,7 +220,7 @@ def rows(runner: Runner, plan: Plan, tell: Tell) -> Experiment:
     shapes = {size: PassShape(1, 1, size, size, canvas) for size in plan.rows}
     jobs = {size: _pass(probe, shape, counted) for size, shape in shapes.items()}
     lines = tuple(_timed({label: jobs}, {label: expected}, plan, tell))
-    return Experiment("rows", "rows recomputed", plan.images, lines)
+    return Experiment("rows", "rows recomputed", _told(runner), lines)
 
 
 def _plans(turns: int) -> dict[str, Sampling]:
@@ -246,7 +253,7 @@ def rounds(runner: Runner, plan: Plan, tell: Tell) -> Experiment:
             flops = counted.total(foreseen(runner.manifest, sampling))
             jobs[label][turns] = Job(partial(_sample_ms, runner, sampling), flops)
     lines = tuple(_timed(jobs, expected, plan, tell))
-    return Experiment("rounds", "rounds of a sample", plan.images, lines)
+    return Experiment("rounds", "rounds of a sample", _told(runner), lines)
 
 
 def _sample_ms(runner: Runner, sampling: Sampling) -> float:

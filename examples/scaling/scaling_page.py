@@ -37,7 +37,7 @@ def write(folder: Path, context: str, found: Sequence[Experiment]) -> Iterator[s
     for each in found:
         picture = folder / f"scaling-{each.name}.svg"
         chart(picture, [*map(_curve, each.lines)], x=each.grows, y="ms", logx=True, logy=True)
-        parts += [f"## {each.grows.capitalize()}", _told(each)]
+        parts += [f"## {each.grows.capitalize()}", each.model]
         parts += [f"![times against {each.grows}]({picture.name})", _times(each)]
     replace_file(folder / PAGE, ("\n\n".join(parts) + "\n").encode())
     for each in found:
@@ -61,10 +61,6 @@ def _reasons(found: Iterable[Experiment]) -> Iterator[str]:
     for each in found:
         for line in each.lines:
             yield f"- {each.grows}, {line.label}: {line.expected.why}."
-
-
-def _told(each: Experiment) -> str:
-    return f"`{each.model}`, random weights of seed 0, fp32."
 
 
 def _times(each: Experiment) -> str:

@@ -165,6 +165,7 @@ def test_a_run_in_a_hurry_writes_page_and_charts(run: Callable[..., Path], capsy
     assert "examples/scaling/scaling.py --short" in page
     assert "1 thread(s), onnxruntime" in page
     assert "nothing here is a result" in page
+    assert "`small-mdlm`, random weights of seed 0, fp32." in page
     head = "what grows | what is timed | sizes | exponent | at the end | off the line | arithmetic"
     assert f"| {head} | expected | verdict |" in page
     rows = re.findall(
