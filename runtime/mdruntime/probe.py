@@ -71,16 +71,28 @@ class _Timed(Wrapper):
 class Probe:
     """Passes of one kind, over random tokens."""
 
-    def __init__(self, runner: Runner, kind: Kind, rows: Sequence[int], clock: Clock) -> None:
+    def __init__(
+        self, runner: Runner, kind: Kind, rows: Sequence[int], clock: Clock, *, length: int = 0
+    ) -> None:
+        """Prepare passes.
+
+        Args:
+            runner: of the bundle.
+            kind: of all of them.
+            rows: numbers of rows that ``points`` are to lie around.
+            clock: that tells the seconds.
+            length: tokens of a canvas; 0 is the model's own length.
+        """
         spec, rng = runner.manifest.denoiser, np.random.default_rng(0)
+        length = length or spec.length
         self._kind = kind
         self._session = _Timed(runner.session("denoiser"), clock)
         self._denoiser = denoiser_of(runner, self._session, kind.samples)
-        self._layout = layout_of(spec, spec.length)
+        self._layout = layout_of(spec, length)
         self._count = len(self._layout.tokens_of_row)
         self._order = rng.permutation(self._count)
-        self._tokens = rng.integers(0, spec.codebook, (kind.samples, spec.length)).astype(np.int32)
-        self._tokens[:, rng.random(spec.length) < 0.5] = spec.mask_token
+        self._tokens = rng.integers(0, spec.codebook, (kind.samples, length)).astype(np.int32)
+        self._tokens[:, rng.random(length) < 0.5] = spec.mask_token
         self._sizes: dict[tuple[int, int], tuple[int, int]] = {}
         extra = self._layout.canvas - self._count if spec.refresh_context else 0
         wanted = [size - extra for size in rows if size < self._layout.canvas]
