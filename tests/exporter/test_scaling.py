@@ -149,13 +149,13 @@ def test_a_probe_makes_passes_over_the_canvas_that_was_asked_for(bundles: Path) 
     counted = runner.counted()
     for length in (0, 16, 128):
         probe = Probe(runner, Kind(1, False, False), (), lambda: 0.0, length=length)
-        probe.ms(0, 1)
+        probe.ms(0, 3)
         probe.ms(4, 2)
     runner.close()
     assert [(shape.rows, shape.columns, shape.canvas) for shape in counted.shapes] == [
-        *((64, 1, 64), (4, 2, 64)),
-        *((16, 1, 16), (4, 2, 16)),
-        *((128, 1, 128), (4, 2, 128)),
+        *((64, 3, 64), (4, 2, 64)),
+        *((16, 3, 16), (4, 2, 16)),
+        *((128, 3, 128), (4, 2, 128)),
     ]
 
 
