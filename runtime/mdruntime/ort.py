@@ -103,7 +103,7 @@ def open_ort(
 class OrtSession:
     """A graph in ONNX Runtime, its caches, inputs and outputs resident on the device."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what providers differ in, all of it optional
         self,
         path: Path,
         spec: GraphSpec,

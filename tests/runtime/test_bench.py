@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from mdruntime.bench import NOISY, bench, time_samplings
+from mdruntime.bench import NOISY, bench
 from mdruntime.bundle import Bundle, open_bundle
 from mdruntime.cli import main
 from mdruntime.errors import SamplingError
+from mdruntime.generation import time_samplings
 from mdruntime.runner import Runner
 from mdruntime.sampling import Sampling
 
