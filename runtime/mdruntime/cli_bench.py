@@ -69,6 +69,11 @@ def run(options: argparse.Namespace) -> int:
             print(line)
         return 0
     batches = _batches(options.batches)
+    if options.operators and options.no_roofline:
+        raise SamplingError(
+            "--operators are set against the roofline, and --no-roofline leaves that out; "
+            "leave out one of the two"
+        )
     if options.operators and options.provider != "cpu":
         raise ProviderError(
             f"--operators is for provider 'cpu', got {options.provider!r}; leave it out, or choose "
@@ -103,7 +108,7 @@ def _measured(
     choice = None if options.no_tuned else read_tuned(bundle)
     runner = Runner(bundle, options.provider, tuned=choice, **device_options(options))
     load_ms = 1000 * (time.perf_counter() - began)
-    limited = options.provider == "cpu" and (options.operators or not options.no_roofline)
+    limited = options.provider == "cpu" and not options.no_roofline
     presets = [name.strip() for name in options.presets.split(",") if name.strip()]
     with closed(runner):
         for name in presets:  # a wrong one shows before anything is measured

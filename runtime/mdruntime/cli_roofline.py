@@ -1,6 +1,7 @@
 """What ``mdruntime bench`` says of passes against the machine's best, and of their operators."""
 
 from collections.abc import Iterable, Sequence
+from textwrap import wrap
 
 from mdruntime.bench import PassTime
 from mdruntime.ceiling import Ceiling
@@ -9,6 +10,7 @@ from mdruntime.roofline import Operator, PassProfile, PassWork, Roofline
 __all__ = ["operator_lines", "pass_name", "roofline_lines"]
 
 _SHOWN = 0.01  # share of a pass below which operators share a line
+_WIDTH = 80
 _NAMED = 4  # operators that the summary names
 
 
@@ -27,8 +29,9 @@ def roofline_lines(found: Roofline, passes: Sequence[PassTime]) -> Iterable[str]
     for work in found.passes:
         if times.get(work.rows, 0) > 0:
             yield _work_line(work, times[work.rows], found.passes[0].rows, ceiling)
-    yield f"of peak: NumPy's float32 products at {ceiling.gigaflops:.0f} GFLOP/s; reading: the weights"
-    yield f"once, at {ceiling.gigabytes:.1f} GB/s, of the pass ({_threads(ceiling)}, the best of two runs)"
+    speed, memory = f"{ceiling.gigaflops:.0f} GFLOP/s", f"{ceiling.gigabytes:.1f} GB/s"
+    yield f"of peak: NumPy's float32 products at {speed}; reading: the weights once"
+    yield f"at {memory}, of the pass ({_threads(ceiling)}, the better of before and after)"
     missing = sorted({name for work in found.passes for name in work.uncounted})
     if missing:
         yield f"not counted, as their shapes are not known: {', '.join(missing)}"
@@ -63,9 +66,9 @@ def operator_lines(
     between_ms = found.between_ms
     yield f"{'between operators':28} {'':5} {between_ms:9.2f} {between_ms / found.ms:9.1%}"
     yield from _summary(ceiling, found)
-    for each in passes:
-        if each.rows == found.rows and not each.guided:
-            yield f"(profiling included; without it the pass takes {each.ms:.2f} ms)"
+    for plain in passes:
+        if plain.rows == found.rows and not plain.guided:
+            yield f"(profiling included; without it the pass takes {plain.ms:.2f} ms)"
 
 
 def _operator_line(each: Operator, whole_ms: float, ceiling: Ceiling) -> str:
@@ -82,13 +85,16 @@ def _summary(ceiling: Ceiling, found: PassProfile) -> Iterable[str]:
     others = [each for each in found.operators if not each.product]
     product_ms, other_ms = (sum(each.ms for each in some) for some in (products, others))
     least_ms = 1000 * sum(each.gigaflop for each in products) / ceiling.gigaflops
-    peak = f" at {least_ms / product_ms:.0%} of the peak" if product_ms else ""
-    yield f"products are {product_ms / found.ms:.0%} of the {found.ms:.2f} ms{peak}; besides them:"
-    named = [f"{each.name} {each.ms / found.ms:.1%}" for each in others[:_NAMED]]
-    yield f"{', '.join(named)}"
-    yield (
+    peak = f", at {least_ms / product_ms:.0%} of the peak" if product_ms else ""
+    named = ", ".join(f"{each.name} {each.ms / found.ms:.1%}" for each in others[:_NAMED])
+    yield from wrap(
+        f"products are {product_ms / found.ms:.0%} of the {found.ms:.2f} ms{peak}; then {named}",
+        _WIDTH,
+    )
+    yield from wrap(
         f"gap to the peak ({least_ms:.2f} ms): products {product_ms - least_ms:+.2f}, "
-        f"others {other_ms:+.2f}, between {found.between_ms:+.2f} ms"
+        f"others {other_ms:+.2f}, between {found.between_ms:+.2f} ms",
+        _WIDTH,
     )
 
 
