@@ -193,29 +193,26 @@ def _preset_line(name: str, spread: Spread) -> str:
 
 def _copied_lines(found: Bench) -> Iterable[str]:
     """Yield what crosses between the sampler and the graphs."""
-    heads = ("passes", "to a pass", "from it", "other graphs", "caches")
-    yield f"{'bytes copied, a batch':21} " + " ".join(f"{head:>12}" for head in heads)[4:]
+    head = f"{'passes':>8} {'to a pass':>11} {'from it':>11} {'other graphs':>12} {'caches':>11}"
+    yield f"{'bytes copied, a batch':21} {head}"
     for name, spread in found.presets.items():
         if spread.copied is not None:
-            yield _copied_line(name, spread.copied)
+            yield f"{name:21} {_copied_cells(spread.copied)}"
 
 
-def _copied_line(name: str, copied: Copied) -> str:
+def _copied_cells(copied: Copied) -> str:
     passes = max(copied.passes, 1)
-    bytes_ = (copied.to_passes / passes, copied.from_passes / passes, copied.others, copied.caches)
-    return f"{name:21} {copied.passes:8.1f} " + " ".join(f"{each:12.0f}" for each in bytes_)
+    sent, fetched = copied.to_passes / passes, copied.from_passes / passes
+    whole = f"{copied.others:12.0f} {copied.caches:11.0f}"
+    return f"{copied.passes:8.1f} {sent:11.0f} {fetched:11.0f} {whole}"
 
 
 def _batch_lines(found: Bench, unit: str) -> Iterable[str]:
-    heads = ("ms", f"{unit}s a second", f"ms of one {unit}", "n")
-    yield f"{'batch':21} " + " ".join(f"{head:>16}" for head in heads[:3]) + f" {heads[3]:>4}"
+    head = f"{'ms':>16} {f'{unit}s a second':>16} {f'ms of one {unit}':>16} {'n':>4}"
+    yield f"{'batch':21} {head}"
     for each in found.batches:
-        cells = (each.ms, each.per_second, each.ms / each.batch)
-        yield (
-            f"{each.batch:<21} "
-            + " ".join(f"{cell:16.2f}" for cell in cells)
-            + (f" {each.repeats:4}")
-        )
+        cells = f"{each.ms:16.2f} {each.per_second:16.2f} {each.ms / each.batch:16.2f}"
+        yield f"{each.batch:<21} {cells} {each.repeats:4}"
 
 
 def say_machine(machine: Machine) -> None:

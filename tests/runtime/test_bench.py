@@ -15,7 +15,7 @@ from mdruntime.cli import main
 from mdruntime.errors import SamplingError
 from mdruntime.generation import time_batches, time_samplings
 from mdruntime.head import Draws
-from mdruntime.probe import pipeline_of
+from mdruntime.probe import pipeline_of, request_of
 from mdruntime.runner import Runner
 from mdruntime.sampling import Sampling
 from mdruntime.session import Feeds, Outputs
@@ -142,7 +142,8 @@ def test_bytes_that_cross_are_those_of_feeds_and_draws(bundle: Bundle, fake_devi
     assert found is not None
     assert found.passes == runner.sampling("fast", {}).rounds
     counted = runner.counted()
-    pipeline_of(runner).generate([0, 1], preset="fast", batch_size=2)
+    request: dict[str, Any] = {**request_of(bundle.manifest, 2), "preset": "fast"}
+    pipeline_of(runner).generate(**request, batch_size=2)
     up = down = 0
     for shape in counted.shapes:
         cells = shape.samples * shape.columns
