@@ -72,7 +72,7 @@ def test_arithmetic_is_that_of_all_products(runs: dict[int, list[Run]]) -> None:
         assert facts[:2] == pytest.approx((gigaflop, 0.1))
         assert facts[2] == ()
     full, small = found.operators
-    assert (full.rows, full.ms, small.rows, small.ms) == (50, 0.7, 10, 0.55)  # median, and only one
+    assert (full.rows, full.ms, small.rows, small.ms) == (50, 0.6, 10, 0.55)  # the fastest of each
     table = {each.name: (each.calls, each.ms, each.product) for each in full.operators}
     assert table == {
         "MatMul": (2, pytest.approx(0.304), True),
@@ -80,7 +80,7 @@ def test_arithmetic_is_that_of_all_products(runs: dict[int, list[Run]]) -> None:
         "Softmax": (1, 0.02, False),
     }
     assert [each.name for each in full.operators] == ["MatMul", "Attention", "Softmax"]
-    assert full.between_ms == pytest.approx(0.7 - 0.404)
+    assert full.between_ms == pytest.approx(0.6 - 0.404)
     assert roofline(CEILING, runs, operators=False).operators == ()
 
 
@@ -93,12 +93,12 @@ def test_tables_say_speeds_and_shares(runs: dict[int, list[Run]]) -> None:
     assert lines[2].split()[-5:] == ["0.001", "3.5", "4%", "0.1", "5%"]
     full = list(operator_lines(CEILING, found.operators[0], passes))
     cells = {line[:28].strip(): line[28:].split() for line in full}
-    assert cells["MatMul"] == ["2", "0.30", "43.4%", "8.2", "8%"]
-    assert cells["Attention"] == ["1", "0.08", "11.4%", "12.5", "12%"]
-    assert cells["Softmax"] == ["1", "0.02", "2.9%"]
-    assert cells["between operators"] == ["0.30", "42.3%"]
-    assert full[-3] == "products are 55% of the 0.70 ms, at 9% of the peak; then Softmax 2.9%"
-    assert full[-2] == ("gap to the peak (0.04 ms): products +0.35, others +0.02, between +0.30 ms")
+    assert cells["MatMul"] == ["2", "0.30", "50.7%", "8.2", "8%"]
+    assert cells["Attention"] == ["1", "0.08", "13.3%", "12.5", "12%"]
+    assert cells["Softmax"] == ["1", "0.02", "3.3%"]
+    assert cells["between operators"] == ["0.20", "32.7%"]
+    assert full[-3] == "products are 64% of the 0.60 ms, at 9% of the peak; then Softmax 3.3%"
+    assert full[-2] == ("gap to the peak (0.04 ms): products +0.35, others +0.02, between +0.20 ms")
     assert full[-1] == "(profiling included; without it the pass takes 0.50 ms)"
     assert max(map(len, [*lines, *full])) <= 80
 
