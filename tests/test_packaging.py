@@ -141,7 +141,7 @@ def test_the_workstation_wheel_holds_three_packages_and_the_weights(tmp_path: Pa
 def test_the_runtime_wheel_is_small_and_stands_alone(tmp_path: Path) -> None:
     wheel = build_wheel(ROOT / "runtime", tmp_path / "wheel")
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert wheel.stat().st_size < 200_000  # bytes; the TensorRT backend is a fifth of it
+    assert wheel.stat().st_size < 220_000  # bytes; the TensorRT backend is a fifth of it
     assert {name.partition("/")[0] for name in contents(wheel)} == {"mdruntime"}
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = [name for name in archive.namelist() if name.endswith("/METADATA")]

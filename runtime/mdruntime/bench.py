@@ -1,28 +1,39 @@
 """How long a bundle takes on this device: to load, for a pass, and for a sample of each preset."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from itertools import count
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from mdruntime.costs import Costs
+from mdruntime.generation import BatchTime, generation, time_batches, time_samplings
 from mdruntime.machine import Machine, peak_mb, this_machine
 from mdruntime.manifest import Manifest
 from mdruntime.passes import PassShape
-from mdruntime.probe import Clock, guidable, pipeline_of, request_of
+from mdruntime.probe import Clock, guidable
+from mdruntime.roofline import Roofline
 from mdruntime.runner import Runner
 from mdruntime.sampling import Sampling
-from mdruntime.timing import interleaved, measure, noise_of
+from mdruntime.steal import STOLEN, read_ticks, stolen_share
+from mdruntime.timing import measure, noise_of
+from mdruntime.watch import Spent
 
-__all__ = ["NOISY", "Bench", "PassTime", "Spread", "bench", "time_samplings"]
+__all__ = ["NOISY", "Bench", "Copied", "PassTime", "Spread", "bench"]
 
 NOISY = 0.25
 """Share by which the slow repeats of an undisturbed machine hardly ever exceed the fastest one."""
-_SHORTEST = 1.0
-"""Seconds that samples are timed for at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Bytes that went to and from the graphs for a batch, in the mean over repeats."""
+
+    passes: float
+    to_passes: float  # all of them together
+    from_passes: float
+    others: float  # to and from the other graphs
+    caches: float  # of all these: keys and values, which should stay where they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +47,7 @@ class Spread:
     denoiser_ms: float  # of it, in the mean: in passes
     images_ms: float  # in the decoder
     host_ms: float  # in the sampler, and whatever else is done between the graphs
+    copied: Copied | None = None  # None in files of older versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +75,15 @@ class Bench:
     presets: dict[str, Spread]
     peak_mb: float  # most memory that the process has held so far; 0 where it is not known
     noise: float  # by how much the slow repeats exceed the fastest one, as a share
+    steal: float = 0.0  # share of the cores' time that the host gave to others
+    first_ms: float = 0.0  # from the beginning of loading to the first sample of the default preset
+    batches: tuple[BatchTime, ...] = ()
+    roofline: Roofline | None = None
 
     @property
     def noisy(self) -> bool:
         """Whether something else kept the machine busy."""
-        return self.noise > NOISY
+        return self.noise > NOISY or self.steal > STOLEN
 
 
 def bench(
@@ -77,6 +93,7 @@ def bench(
     batch: int = 1,
     repeats: int = 7,
     load_ms: float = 0.0,
+    batches: Sequence[int] = (),
     clock: Clock = time.perf_counter,
 ) -> Bench:
     """Measure a bundle.
@@ -87,16 +104,19 @@ def bench(
         batch: samples that run together.
         repeats: of each measurement, interleaved.
         load_ms: what loading took.
+        batches: numbers of samples to time the first of the presets with; ``default``, if none.
         clock: that tells the seconds.
 
     Raises:
         SamplingError: an unknown preset.
     """
-    manifest = runner.manifest
-    chosen = {name: runner.sampling(name, {}) for name in presets or runner.presets}
+    manifest, ticks = runner.manifest, read_ticks()
+    names = list(presets)
+    chosen = {name: runner.sampling(name, {}) for name in names or runner.presets}
+    first_ms = load_ms + generation(runner, runner.sampling("default", {}), 1, clock)()
     costs = measure(runner, _sizes(manifest, batch), batch=batch, repeats=repeats, clock=clock)
     spent = runner.watched()
-    parts: dict[Sampling, list[dict[str, float]]] = {}
+    parts: dict[Sampling, list[dict[str, Spent]]] = {}
 
     def part(sampling: Sampling) -> None:
         parts.setdefault(sampling, []).append(dict(spent))
@@ -104,6 +124,8 @@ def bench(
 
     spent.clear()
     times = time_samplings(runner, chosen, batch=batch, repeats=repeats, clock=clock, after=part)
+    caches = {name for pair in manifest.graphs["denoiser"].caches for name in pair}
+    of_batches = runner.sampling(names[0] if names else "default", {})
     return Bench(
         model=manifest.name,
         precision=runner.precision,
@@ -115,53 +137,15 @@ def bench(
         condition_ms=costs.condition_ms,
         decoder_ms=costs.decoder_ms,
         presets={
-            name: _spread(some, parts[chosen[name]][-len(some) :], batch)
+            name: _spread(some, parts[chosen[name]][-len(some) :], batch, caches)
             for name, some in times.items()
         },
+        batches=time_batches(runner, of_batches, batches, repeats=repeats, clock=clock),
         peak_mb=peak_mb(),
         noise=noise_of(times.values()),
+        steal=stolen_share(ticks, read_ticks()),
+        first_ms=first_ms,
     )
-
-
-def time_samplings(
-    runner: Runner,
-    samplings: Mapping[str, Sampling],
-    *,
-    batch: int = 1,
-    repeats: int = 7,
-    seconds: float = 60,
-    clock: Clock = time.perf_counter,
-    after: Callable[[Sampling], None] | None = None,
-) -> dict[str, list[float]]:
-    """Return the time of a sample of each sampler, in milliseconds, repeat by repeat.
-
-    Whole batches are generated, decoder included. Samplers that are the same run once. No further
-    repeat begins after ``seconds``. ``after`` is called when a sampler has made a batch.
-    """
-    jobs = {some: _generation(runner, some, batch, clock, after) for some in samplings.values()}
-    found = interleaved(jobs, repeats=repeats, seconds=seconds, shortest=_SHORTEST, clock=clock)
-    return {name: found[some] for name, some in samplings.items()}
-
-
-def _generation(
-    runner: Runner,
-    sampling: Sampling,
-    batch: int,
-    clock: Clock,
-    after: Callable[[Sampling], None] | None,
-) -> Callable[[], float]:
-    pipeline, seeds = pipeline_of(runner), count()
-    request: dict[str, Any] = {**request_of(runner.manifest, batch), **asdict(sampling)}
-
-    def ms() -> float:
-        began = clock()
-        pipeline.generate(**request, batch_size=batch, seed=next(seeds))
-        spent = 1000 * (clock() - began) / batch
-        if after is not None:
-            after(sampling)
-        return spent
-
-    return ms
 
 
 def _sizes(manifest: Manifest, batch: int) -> Iterable[tuple[PassShape, bool]]:
@@ -178,11 +162,13 @@ def _pass_times(costs: Costs) -> Iterable[PassTime]:
             yield PassTime(rows, kind.guided, surface.ms(rows, rows))
 
 
-def _spread(repeats: list[float], parts: list[dict[str, float]], batch: int) -> Spread:
+def _spread(
+    repeats: list[float], parts: list[dict[str, Spent]], batch: int, caches: set[str]
+) -> Spread:
     """Return the spread of some samples' times, and the mean of what they consist of."""
 
     def mean(*graphs: str) -> float:
-        return float(np.mean([sum(one.get(name, 0.0) for name in graphs) for one in parts])) / batch
+        return _mean([sum(one[name].ms for name in graphs if name in one) for one in parts]) / batch
 
     denoiser, images = mean("denoiser", "condition"), mean("decoder", "encoder")
     host = max(0.0, float(np.mean(repeats)) - denoiser - images)
@@ -194,4 +180,21 @@ def _spread(repeats: list[float], parts: list[dict[str, float]], batch: int) -> 
         denoiser,
         images,
         host,
+        _copied(parts, caches),
     )
+
+
+def _copied(parts: list[dict[str, Spent]], caches: set[str]) -> Copied:
+    passes = [one["denoiser"] for one in parts]
+    others = [[spent for name, spent in one.items() if name != "denoiser"] for one in parts]
+    return Copied(
+        _mean([one.runs for one in passes]),
+        _mean([one.sent for one in passes]),
+        _mean([one.fetched for one in passes]),
+        _mean([sum(one.sent + one.fetched for one in some) for some in others]),
+        _mean([sum(one.tensors.get(name, 0) for name in caches) for one in passes]),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))

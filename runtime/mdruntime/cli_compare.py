@@ -36,18 +36,28 @@ def compared(before: Bench, after: Bench) -> Iterable[str]:
     for name, one, other in _differences(before, after):
         yield f"{name:10} {one}  ->  {other}"
     yield f"{'ms':32} {'before':>10} {'after':>10} {'faster':>8}"
-    old = {(each.rows, each.guided): each.ms for each in before.passes}
-    new = {(each.rows, each.guided): each.ms for each in after.passes}
-    for rows, guided in sorted(old.keys() & new.keys(), reverse=True):
-        label = f"pass, {rows} row{'s' if rows != 1 else ''}{', guided' if guided else ''}"
-        yield _line(label, old[rows, guided], new[rows, guided])
-    for name in ("load", "condition", "decoder"):
-        yield _line(name, getattr(before, f"{name}_ms"), getattr(after, f"{name}_ms"))
-    for name, spread in before.presets.items():
-        if name in after.presets:
-            yield _line(f"preset {name}", spread.median_ms, after.presets[name].median_ms)
+    old, new = dict(_times(before)), dict(_times(after))
+    for name, ms in old.items():
+        if name in new:
+            yield _line(name, ms, new[name])
     if before.noisy or after.noisy:
         yield "noisy: what is less than the noise apart says nothing; measure again"
+
+
+def _times(found: Bench) -> Iterable[tuple[str, float]]:
+    """Yield the name of each time, and its milliseconds; not those that older versions lack."""
+    for each in sorted(found.passes, key=lambda each: (each.rows, each.guided), reverse=True):
+        rows = f"{each.rows} row{'s' if each.rows != 1 else ''}"
+        yield f"pass, {rows}{', guided' if each.guided else ''}", each.ms
+    yield "load", found.load_ms
+    if found.first_ms:
+        yield "first sample", found.first_ms
+    yield "condition", found.condition_ms
+    yield "decoder", found.decoder_ms
+    for name, spread in found.presets.items():
+        yield f"preset {name}", spread.median_ms
+    for batch in found.batches:
+        yield f"batch of {batch.batch}", batch.ms
 
 
 def _differences(before: Bench, after: Bench) -> Iterable[tuple[str, str, str]]:

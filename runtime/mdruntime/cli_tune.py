@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from mdruntime.bench import NOISY, time_samplings
+from mdruntime.bench import NOISY
 from mdruntime.bundle import Bundle, open_bundle
 from mdruntime.cli_bench import add_counts, check_counts, noise_line, say_machine, unit_of
 from mdruntime.cli_tuned import closed, device_options
+from mdruntime.generation import time_samplings
 from mdruntime.machine import Machine, this_machine
 from mdruntime.records import to_json
 from mdruntime.runner import Runner

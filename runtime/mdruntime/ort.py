@@ -64,7 +64,13 @@ def _checked(threads: int) -> int:
 
 
 def open_ort(
-    bundle: Bundle, graph: str, provider: str, *, threads: int = 0, spelling: str = ""
+    bundle: Bundle,
+    graph: str,
+    provider: str,
+    *,
+    threads: int = 0,
+    spelling: str = "",
+    profile: Path | None = None,
 ) -> "OrtSession":
     """Open a graph of a bundle in ONNX Runtime.
 
@@ -74,13 +80,15 @@ def open_ort(
         provider: ``cpu``, ``cuda`` or ``ort-tensorrt``, which always takes TensorRT's spelling.
         threads: CPU threads; 0 takes as many as the process may use.
         spelling: open the graph as it is spelled for another backend.
+        profile: folder that ONNX Runtime writes its profile into, if it is to keep one.
 
     Raises:
         ProviderError: the provider or its package is not available here.
     """
     spec = bundle.manifest.graphs[graph]
     if provider != "ort-tensorrt":
-        return OrtSession(bundle.path(graph, spelling), spec, provider, threads=threads)
+        path = bundle.path(graph, spelling)
+        return OrtSession(path, spec, provider, threads=threads, profile=profile)
     from mdruntime.ort_tensorrt import SAMPLES, device_copy, tensorrt_options
 
     return OrtSession(
@@ -97,7 +105,7 @@ def open_ort(
 class OrtSession:
     """A graph in ONNX Runtime, its caches, inputs and outputs resident on the device."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what providers differ in, all of it optional
         self,
         path: Path,
         spec: GraphSpec,
@@ -107,6 +115,7 @@ class OrtSession:
         options: Mapping[str, str] = {},
         copy: Copy | None = None,
         samples: int = 0,
+        profile: Path | None = None,
     ) -> None:
         """Load the graph at ``path`` on ``provider``.
 
@@ -118,6 +127,7 @@ class OrtSession:
             options: of ONNX Runtime's TensorRT provider.
             copy: inside the device, where passes do not work in place; see ``Caches``.
             samples: most that may run together; 0: as many as fit.
+            profile: folder of ONNX Runtime's profile, if it is to keep one; see ``profiled``.
         """
         opened = open_graph(
             import_onnxruntime(),
@@ -126,6 +136,7 @@ class OrtSession:
             threads=_checked(threads),
             graphs=provider == "cuda" and bool(spec.caches),
             options=options,
+            profile=profile,
         )
         self._samples = samples
         self._set(opened, spec, provider, copy)
@@ -150,6 +161,10 @@ class OrtSession:
     def graphs(self) -> int:
         """How many CUDA graphs there are."""
         return 0 if self._captures is None else self._captures.count
+
+    def profiled(self) -> Path:
+        """End the profile that this session was opened with, and return its file."""
+        return Path(self._open_session().session.end_profiling())
 
     def start(self, canvas: int) -> None:
         """Make the next passes go over canvases of this many rows."""

@@ -43,6 +43,7 @@ def open_graph(
     threads: int,
     graphs: bool,
     options: Mapping[str, str],
+    profile: Path | None = None,
 ) -> Opened:
     """Load an ONNX file.
 
@@ -53,6 +54,7 @@ def open_graph(
         threads: of the CPU.
         graphs: let passes become CUDA graphs where ONNX Runtime can.
         options: of its TensorRT provider.
+        profile: folder that ONNX Runtime writes its profile into.
 
     Raises:
         ProviderError: the provider is not available here.
@@ -61,6 +63,9 @@ def open_graph(
     names = _offered(runtime, provider)
     board = is_board()
     settings = _settings(runtime, threads, board=board, gpu=provider != "cpu")
+    if profile is not None:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(profile / "profile")
     notes: list[str] = []
 
     def load(*, captured: bool) -> Opened:

@@ -20,7 +20,7 @@ from mdruntime.sampler import Canvas, Step, Tokens, unmask
 from mdruntime.sampling import Sampling
 from mdruntime.session import Backend, Session, open_backend
 from mdruntime.tuned import Tuned
-from mdruntime.watch import WatchedBackend
+from mdruntime.watch import Spent, WatchedBackend
 
 __all__ = ["Runner", "randomness"]
 
@@ -138,11 +138,11 @@ class Runner:
             self._counted = Counted(self._backend.session("denoiser"))
         return self._counted
 
-    def watched(self) -> dict[str, float]:
-        """Return milliseconds by graph, which every run adds to from now on."""
+    def watched(self) -> dict[str, Spent]:
+        """Return time and bytes by graph, which every run adds to from now on."""
         if not isinstance(self._backend, WatchedBackend):
             self._backend, self._counted = WatchedBackend(self._backend), None
-        return self._backend.ms
+        return self._backend.spent
 
     def clone(self) -> "Runner":
         """Return a runner for another thread: the same weights, caches of its own."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mdruntime.bench import time_samplings
 from mdruntime.costs import Costs
 from mdruntime.errors import SamplingError
+from mdruntime.generation import time_samplings
 from mdruntime.manifest import Manifest
 from mdruntime.passes import PassShape, foreseen
 from mdruntime.probe import Clock

@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 
-from mdruntime.bench import Bench, PassTime, Spread
+from mdruntime.bench import Bench, Copied, PassTime, Spread
+from mdruntime.ceiling import Ceiling
 from mdruntime.cli import main
+from mdruntime.cli_compare import read_bench
+from mdruntime.generation import BatchTime
 from mdruntime.machine import Machine
 from mdruntime.records import to_json
+from mdruntime.roofline import Operator, PassProfile, PassWork, Roofline
 
 Capture = pytest.CaptureFixture[str]
 
@@ -62,6 +66,40 @@ def test_what_else_differs_is_said(tmp_path: Path, capsys: Capture) -> None:
     assert "batch      1  ->  4\n" in out
     assert "device" not in out
     assert out.splitlines()[-1].startswith("noisy: ")
+
+
+def test_files_of_before_and_after_new_measurements_can_be_compared(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    new = made(0.5, first_ms=400, steal=0.2, batches=(BatchTime(1, 40, 7), BatchTime(4, 120, 7)))
+    data = to_json(made())
+    for name in ("first_ms", "steal", "batches", "roofline"):
+        del data[name]
+    del data["presets"]["fast"]["copied"]
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(data), encoding="utf-8")
+    files = [kept(tmp_path / "new.json", new), str(old)]
+    assert main(["bench", "--compare", *reversed(files)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = {line[:32].strip(): line[32:].split() for line in lines}
+    assert cells["preset fast"] == ["80.00", "40.00", "2.00"]
+    assert "first sample" not in cells
+    assert not any(name.startswith("batch of") for name in cells)
+    assert lines[-1].startswith("noisy: ")
+    assert main(["bench", "--compare", files[0], files[0]]) == 0
+    out = capsys.readouterr().out
+    cells = {line[:32].strip(): line[32:].split() for line in out.splitlines()}
+    assert cells["first sample"] == ["400.00", "400.00", "1.00"]
+    assert cells["batch of 4"] == ["120.00", "120.00", "1.00"]
+
+
+def test_rooflines_and_operators_survive_the_file(tmp_path: Path) -> None:
+    operators = (PassProfile(65, 2.0, (Operator("MatMul", 3, 1.5, 0.1, True),)),)
+    found = Roofline(Ceiling(100, 10, 2), (PassWork(65, 0.1, 2.5, ("Conv",)),), operators)
+    copied = Copied(8, 1000, 500, 640, 0)
+    spread = replace(made().presets["fast"], copied=copied)
+    bench = made(roofline=found, presets={"fast": spread})
+    assert read_bench(Path(kept(tmp_path / "a.json", bench))) == bench
 
 
 def test_what_is_no_benchmark_is_refused(tmp_path: Path, capsys: Capture) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from mdruntime.bench import time_samplings
 from mdruntime.bundle import MANIFEST, Bundle, open_bundle
 from mdruntime.cli import main
 from mdruntime.errors import SamplingError
+from mdruntime.generation import time_samplings
 from mdruntime.manifest import Manifest, dump
 from mdruntime.passes import PassShape, cost, foreseen
 from mdruntime.runner import Runner

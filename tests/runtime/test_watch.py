@@ -1,5 +1,6 @@
 """Where the time of a sample goes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from mdruntime.bundle import open_bundle
 from mdruntime.machine import peak_mb
 from mdruntime.pipeline import Pipeline
 from mdruntime.runner import Runner
-from mdruntime.session import FunctionSession, Session, Sessions
+from mdruntime.session import Feeds, FunctionSession, Outputs, Session, Sessions
 from mdruntime.watch import WatchedBackend
 
 
@@ -41,13 +42,41 @@ def test_each_graph_has_its_time() -> None:
         session.start(4)
         session.run({}, ["y"])
         clock.now += 10
-    assert backend.ms == {"denoiser": 500, "decoder": 500}
+    spent = {graph: (each.runs, each.ms) for graph, each in backend.spent.items()}
+    assert spent == {"denoiser": (2, 500), "decoder": (1, 500)}
     twin = backend.clone()
     twin.session("decoder").run({}, ["y"])
-    assert (twin.ms, backend.ms["decoder"]) == ({"decoder": 500}, 500)
-    assert (twin.provider, twin.notes) == ("function", [])
+    assert (twin.spent["decoder"].ms, backend.spent["decoder"].ms) == (500, 500)
+    assert (twin.provider, twin.notes, list(twin.spent)) == ("function", [], ["decoder"])
     backend.session("denoiser").clone().run({}, ["y"])
-    assert backend.ms["denoiser"] == 500
+    assert backend.spent["denoiser"].ms == 500
+
+
+def test_bytes_of_sessions_that_count_none_are_those_handed_over() -> None:
+    def double(feeds: Feeds) -> dict[str, np.ndarray]:
+        return {"y": np.zeros((2, *feeds["x"].shape), np.float32), "z": np.zeros(9)}
+
+    backend = WatchedBackend(Sessions("function", lambda _: FunctionSession(double)))
+    for rows in (3, 5):
+        backend.session("denoiser").run({"x": np.zeros(rows, np.int32)}, ["y"])
+    spent = backend.spent["denoiser"]
+    assert (spent.runs, spent.sent, spent.fetched) == (2, 4 * 8, 2 * 4 * 8)
+    assert spent.tensors == {"x": 4 * 8, "y": 2 * 4 * 8}  # what was not fetched is not counted
+
+
+def test_bytes_of_sessions_that_count_are_their_own() -> None:
+    class Steady(FunctionSession):
+        uploaded = 100
+
+        def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
+            self.uploaded += 8
+            return super().run(feeds, fetch)
+
+    steady = Steady(lambda _: {"y": np.zeros(1)})
+    backend = WatchedBackend(Sessions("function", lambda _: steady))
+    for _ in range(3):
+        backend.session("denoiser").run({"x": np.zeros(1000)}, ["y"])
+    assert backend.spent["denoiser"].sent == 24
 
 
 def test_a_watched_runner_draws_the_same(digits_bundle: Path) -> None:
