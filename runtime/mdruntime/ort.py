@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdruntime.bundle import Bundle
+from mdruntime.cgroup import quota
 from mdruntime.errors import BundleError, ProviderError, SamplingError
 from mdruntime.manifest import GraphSpec
 from mdruntime.ort_binding import Binding, Bindings, Caches, Copy
@@ -44,13 +45,9 @@ def import_onnxruntime() -> ModuleType:
 
 
 def available_threads() -> int:
-    """Return how many CPU threads this process may use: its affinity and cgroup's quota."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    """Return how many CPU threads this process may use: its affinity and its control groups."""
+    cores, allowed = len(os.sched_getaffinity(0)), quota()
+    return cores if allowed is None else max(1, min(cores, int(allowed)))
 
 
 def _checked(threads: int) -> int:
