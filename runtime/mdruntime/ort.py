@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from mdruntime.errors import BundleError, ProviderError, SamplingError
 from mdruntime.manifest import GraphSpec
 from mdruntime.ort_binding import Binding, Bindings, Caches, Copy
 from mdruntime.ort_cuda import EAGER, Captures
-from mdruntime.ort_open import Opened, explained, first_line, numbered, open_graph
+from mdruntime.ort_open import Opened, explained, first_line, numbered, open_graph, share
 from mdruntime.session import Feeds, Outputs
 
 __all__ = ["OrtSession", "available_threads", "import_onnxruntime", "open_ort"]
@@ -85,7 +86,8 @@ def open_ort(
     spec = bundle.manifest.graphs[graph]
     if provider != "ort-tensorrt":
         path = bundle.path(graph, spelling)
-        return OrtSession(path, spec, provider, threads=threads, profile=profile)
+        shared = bundle.manifest.digest
+        return OrtSession(path, spec, provider, threads=threads, profile=profile, shared=shared)
     from mdruntime.ort_tensorrt import SAMPLES, device_copy, tensorrt_options
 
     return OrtSession(
@@ -96,6 +98,7 @@ def open_ort(
         options=tensorrt_options(bundle, graph),
         copy=device_copy(),
         samples=SAMPLES,
+        shared=bundle.manifest.digest,
     )
 
 
@@ -113,6 +116,7 @@ class OrtSession:
         copy: Copy | None = None,
         samples: int = 0,
         profile: Path | None = None,
+        shared: str = "",
     ) -> None:
         """Load the graph at ``path`` on ``provider``.
 
@@ -125,8 +129,11 @@ class OrtSession:
             copy: inside the device, where passes do not work in place; see ``Caches``.
             samples: most that may run together; 0: as many as fit.
             profile: folder of ONNX Runtime's profile, if it is to keep one; see ``profiled``.
+            shared: what is in the file; sessions that agree in all of this share the weights. Empty
+                where that is not known.
         """
-        opened = open_graph(
+        load = partial(
+            open_graph,
             import_onnxruntime(),
             path,
             provider,
@@ -135,6 +142,8 @@ class OrtSession:
             options=options,
             profile=profile,
         )
+        key = (shared, path.resolve(), provider, _checked(threads), tuple(options.items()))
+        opened = share(key, load) if shared and profile is None else load()
         self._samples = samples
         self._set(opened, spec, provider, copy)
 

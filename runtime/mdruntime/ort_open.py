@@ -3,17 +3,19 @@
 import contextlib
 import io
 import itertools
+import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakValueDictionary
 
 from mdruntime.errors import BundleError, ProviderError
 from mdruntime.ort_cuda import cuda_options, is_board, placed_elsewhere
 
-__all__ = ["Opened", "explained", "first_line", "numbered", "open_graph"]
+__all__ = ["Opened", "explained", "first_line", "numbered", "open_graph", "share"]
 
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
 _NAMES = {"cpu": (CPU,), "cuda": (CUDA,), "ort-tensorrt": (TENSORRT, CUDA)}
@@ -22,9 +24,9 @@ _ERRORS = 3  # ONNX Runtime's log level: its warnings are about its own optimise
 _NO_CAPTURE = "graph capture"  # in what ONNX Runtime says of a graph that cannot be captured
 
 
-@dataclass(slots=True)
+@dataclass  # without slots, for it is referred to weakly
 class Opened:
-    """A loaded graph, shared by a session and its clones."""
+    """A loaded graph, shared by a session, its clones, and others of the same bundle."""
 
     session: Any  # of ONNX Runtime
     runtime: ModuleType
@@ -33,6 +35,10 @@ class Opened:
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     # A graph of one thread must not be captured while another thread runs the same session.
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+_SHARED: WeakValueDictionary[Hashable, Opened] = WeakValueDictionary()
+_SHARING = threading.Lock()
 
 
 def open_graph(
@@ -80,6 +86,20 @@ def open_graph(
     elsewhere = "" if provider == "cpu" else placed_elsewhere(opened.session, names[:1])
     notes += [f"{path.name}: {elsewhere}"] if elsewhere else []
     return opened
+
+
+def share(key: Hashable, load: Callable[[], Opened]) -> Opened:
+    """Return the loaded graph of a key, while anybody in this process holds it; else load it.
+
+    Two pipelines over one bundle then have its weights in memory once.
+    """
+    key = (os.getpid(), key)  # threads of a loaded graph do not survive a fork
+    found = _SHARED.get(key)
+    if found is None:
+        opened = load()
+        with _SHARING:  # another thread may have been faster
+            found = _SHARED.setdefault(key, opened)
+    return found
 
 
 def _loaded(load: Callable[..., Opened], path: Path, *, graphs: bool, notes: list[str]) -> Opened:
