@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mdexport.convolutions import write_cpu_int8_images
 from mdexport.describe import describe
 from mdexport.dynamic import write_cpu_int8
 from mdexport.folder import prepare, publish, require_space
@@ -21,7 +22,7 @@ from mdexport.graphs import Writer
 from mdexport.int8 import INT8, int8_for, write_int8
 from mdexport.model import Model
 from mdexport.precision import LOW, cast, dtype_of, of_images
-from mdexport.reference import conditioned, record, trajectories, write_images
+from mdexport.reference import canvases, conditioned, record, trajectories, write_images
 from mdexport.replay import Arrays, conditioned_passes
 from mdexport.report import summary, write_report
 from mdexport.spelling import TENSORRT_OPSET
@@ -58,7 +59,7 @@ class Options:
     precision: str = "fp32"
     int8: bool = False
     """Add a spelling of the denoiser with the products of its blocks in int8: for CPUs where the
-    precision is float32, for TensorRT otherwise."""
+    precision is float32, with the image decoder in int8 too; for TensorRT otherwise."""
     logits: bool = False
     """Let the TensorRT spelling return logits too; ONNX Runtime computes them only when asked."""
     encoder: bool = True
@@ -150,9 +151,9 @@ class _Work:
         size = _size(self.folder, f"denoiser.{INT8}")
         return f"calibrated on {len(recorded)} passes by {way}, {size}"
 
-    def _add_spelling(self, name: str, file: str) -> None:
-        spec = self.graphs["denoiser"]
-        self.graphs["denoiser"] = replace(spec, spellings={**spec.spellings, name: file})
+    def _add_spelling(self, name: str, file: str, graph: str = "denoiser") -> None:
+        spec = self.graphs[graph]
+        self.graphs[graph] = replace(spec, spellings={**spec.spellings, name: file})
 
     def condition(self) -> str:
         """Trace what the denoiser computes once for a trajectory."""
@@ -178,7 +179,20 @@ class _Work:
         self.graphs["decoder"] = self.writer.write(
             "decoder", graph, precision, lambda: [_arrays(self.folder / DECODER_VECTORS)]
         )
-        return self._told("decoder")
+        told = self._told("decoder")
+        if self.options.int8 and int8_for(self.options.precision) == CPU_INT8:
+            count = self._cpu_int8_images()
+            told += f", {count} products in int8" if count else ""
+        return told
+
+    def _cpu_int8_images(self) -> int:
+        """Write the decoder in int8 for CPUs, calibrated on other images than the verified ones."""
+        spec, file = self.graphs["decoder"], f"decoder.{CPU_INT8}.onnx"
+        tokens = canvases(self.model.denoiser, self.model.prompt)
+        count = write_cpu_int8_images(self.folder / spec.file, self.folder / file, tokens)
+        if count:
+            self._add_spelling(CPU_INT8, file, "decoder")
+        return count
 
     def encoder(self) -> str:
         """Trace the encoder."""
@@ -212,7 +226,8 @@ class _Work:
 
     def verified(self) -> str:
         """Replay the reference in ONNX Runtime, in all spellings."""
-        self._write_manifest(wanted(self.options.precision, int8=self.options.int8))
+        origin = self.model.weights.origin
+        self._write_manifest(wanted(self.options.precision, int8=self.options.int8, origin=origin))
         found = verified(open_bundle(self.folder, check=False))
         self._write_manifest(found)
         return summary(found.measured)

@@ -29,13 +29,13 @@ from mdexport.quantise import (
 )
 from mdruntime.errors import VerificationError
 
-__all__ = ["quantise_rows", "write_cpu_int8"]
+__all__ = ["DOMAIN", "WEIGHT_LEVELS", "quantise_rows", "write_cpu_int8"]
 
-_LEVELS = 63  # of a weight, on either side of zero
+WEIGHT_LEVELS = 63  # of a weight, on either side of zero
 _ROW_LEVELS = 127  # of an activation
 _MIDDLE = 128  # stands for zero in an activation's bytes
 _LEAST = 2.0**-100  # step of a row that holds nothing but zeros
-_DOMAIN = "com.microsoft"
+DOMAIN = "com.microsoft"
 
 
 def write_cpu_int8(source: Path, target: Path) -> int:
@@ -52,7 +52,7 @@ def write_cpu_int8(source: Path, target: Path) -> int:
     weights = quantise_rows(model.graph)
     if not weights:
         raise VerificationError(NO_PRODUCTS)
-    model.opset_imports[_DOMAIN] = 1
+    model.opset_imports[DOMAIN] = 1
     export_weights(weights, target.with_suffix(".weights"))
     ir.save(model, target)
     return len(weights)
@@ -73,7 +73,7 @@ def quantise_rows(graph: ir.Graph) -> list[ir.Value]:
         rows, step = ready[activation]
         name = f"{node.name}.weight"
         whole, scales = quantised(
-            tensor_of(product.weight).numpy(), ir.DataType.FLOAT, levels=_LEVELS
+            tensor_of(product.weight).numpy(), ir.DataType.FLOAT, levels=WEIGHT_LEVELS
         )
         weights.append(tape.initializer(ir.tensor(whole), name=f"{name}.int8"))
         inputs = [
@@ -84,7 +84,7 @@ def quantise_rows(graph: ir.Graph) -> list[ir.Value]:
             _constant(tape, f"{name}.middle", np.uint8(_MIDDLE)),
             _constant(tape, f"{name}.zero", np.int8(0)),
         ]
-        summed = tape.op("MatMulIntegerToFloat", inputs, domain=_DOMAIN)
+        summed = tape.op("MatMulIntegerToFloat", inputs, domain=DOMAIN)
         result = tape.op("Mul", [summed, step])
         old = node.outputs[0]
         result.dtype, result.shape = ir.DataType.FLOAT, old.shape

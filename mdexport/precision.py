@@ -23,6 +23,7 @@ __all__ = [
     "dtype_of",
     "fit",
     "float32_operators",
+    "limits_int8",
     "of_images",
 ]
 
@@ -64,6 +65,15 @@ LIMITS = {
 
 LIMITS_INT8 = {"score": 1.0, "token_shift": 0.2, "mean_log_prob": 0.1, "close_agreement": 0.8}
 """The same for products in int8: numbers that single draws decide get room, the mean decides."""
+
+
+def limits_int8(origin: str) -> dict[str, float]:
+    """Return what int8 must keep, images included, for weights of this origin.
+
+    Decoders of random weights amplify every error, and their images mean nothing.
+    """
+    return {**LIMITS_INT8, "psnr_db": 20.0 if origin == "random" else 35.0}
+
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

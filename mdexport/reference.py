@@ -33,6 +33,7 @@ from mdruntime.verify import CONDITIONED, DECODER_VECTORS, ENCODER_VECTORS
 __all__ = [
     "FORWARD_TOLERANCE",
     "TorchSession",
+    "canvases",
     "conditioned",
     "record",
     "trajectories",
@@ -170,13 +171,37 @@ def trajectories(
     spec, passes = denoiser.spec, list[dict[str, NDArray[Any]]]()
     length = min(spec.length, _LONGEST) if spec.flexible else spec.length
     for seed in range(_SEED + 1000, _SEED + 1000 + count):
-        conditions = _conditions(spec, prompt, seed)
-        condition = _conditioner(denoiser, conditions.inputs())
-        session = TorchSession(denoiser, None if condition is None else conditions.inputs())
-        runner = Runner(session, spec, conditions, condition=condition)
+        runner, session = _runner(denoiser, prompt, seed)
         _trajectory(runner, spec, length, rounds, seed)
         passes += session.passes
     return passes
+
+
+def _runner(
+    denoiser: Denoiser, prompt: PromptSpec | None, seed: int
+) -> tuple[Runner, TorchSession]:
+    """Return what runs the model for two samples, and the session that records its passes."""
+    conditions = _conditions(denoiser.spec, prompt, seed)
+    condition = _conditioner(denoiser, conditions.inputs())
+    session = TorchSession(denoiser, None if condition is None else conditions.inputs())
+    return Runner(session, denoiser.spec, conditions, condition=condition), session
+
+
+def canvases(
+    denoiser: Denoiser, prompt: PromptSpec | None = None, *, count: int = 2
+) -> NDArray[np.int32]:
+    """Return tokens (2 count, length) of other trajectories than those of ``record``.
+
+    Args:
+        denoiser: satisfies ``mdexport.Denoiser``, in float32.
+        prompt: what its condition graph reads, where that is text.
+        count: of trajectories, two samples each.
+    """
+    found = []
+    for seed in range(_SEED + 2000, _SEED + 2000 + count):
+        runner, _ = _runner(denoiser, prompt, seed)
+        found.append(_trajectory(runner, denoiser.spec, denoiser.spec.length, seed=seed))
+    return np.concatenate(found)
 
 
 def _trajectory(

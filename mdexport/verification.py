@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from mdexport.graphs import CHECK, TENSORRT, write_check
 from mdexport.int8 import INT8, int8_for
-from mdexport.precision import LIMITS, LIMITS_INT8, LOW, of_images
+from mdexport.precision import LIMITS, LOW, limits_int8, of_images
 from mdruntime.bundle import Bundle, file_spec
 from mdruntime.errors import VerificationError
 from mdruntime.manifest import SpellingRecord, VerificationRecord
@@ -20,13 +20,19 @@ _ROUNDED = (
 )
 
 
-def wanted(precision: str, *, int8: bool) -> VerificationRecord:
-    """Return what will be asked of a bundle, before anything is measured."""
+def wanted(precision: str, *, int8: bool, origin: str) -> VerificationRecord:
+    """Return what will be asked of a bundle, before anything is measured.
+
+    Args:
+        precision: of its graphs.
+        int8: whether it has the denoiser in int8 too.
+        origin: of the weights, as the manifest has it.
+    """
     limits, low = LIMITS[precision], LOW.get(precision)
     checked = _AS_BUILT if low is None else _ROUNDED.format(low.name.lower())
     spellings = {TENSORRT: SpellingRecord(checked, limits, {})}
     if int8:
-        spellings[int8_for(precision)] = SpellingRecord(checked, LIMITS_INT8, {})
+        spellings[int8_for(precision)] = SpellingRecord(checked, limits_int8(origin), {})
     return VerificationRecord("PyTorch float32, teacher forced", limits, {}, spellings)
 
 

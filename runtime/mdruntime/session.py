@@ -37,7 +37,7 @@ PROVIDERS = ("cpu", "cuda", "tensorrt", "ort-tensorrt")
 ON_DEMAND = ("decoder", "encoder")
 """Graphs that run before or after all passes, and need no memory in between."""
 INT8 = "int8"
-"""Spelling of the denoiser with products in int8, for CPUs."""
+"""Spelling of denoiser and decoder with products in int8, for CPUs."""
 
 
 class Session(Protocol):
@@ -205,7 +205,7 @@ def open_backend(
         provider: one of ``PROVIDERS``.
         threads: CPU threads; 0 takes as many as the process may use.
         spelling: open graphs as they are spelled for another backend, where they are.
-        precision: ``int8`` for the denoiser in int8, where the bundle has it; as exported if empty.
+        precision: ``int8`` for products in int8, where the bundle has them; as exported if empty.
         reduce_memory: keep decoder and encoder in memory only while they run.
         engines: folder with engines of TensorRT that are not published yet.
 

@@ -136,7 +136,7 @@ def test_a_sample_is_the_same_in_any_batch(folder: Path) -> None:
 
 
 def test_what_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamic, "_LEVELS", 1)
+    monkeypatch.setattr(dynamic, "WEIGHT_LEVELS", 1)
     with pytest.raises(mdruntime.VerificationError, match=r"int8 does not hold.*without --int8"):
         built(tmp_path / "digits")
     assert list(tmp_path.iterdir()) == []
