@@ -45,7 +45,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
         folder = place / f"{family}-{precision}"
         if (family, precision) not in done:
             model = FAMILIES.small_model(family)
-            options = mdexport.Options(precision=precision, logits=True)
+            options = mdexport.Options(precision=precision, logits=True, int8=precision == "fp32")
             for _ in mdexport.build(model, folder, options):
                 pass
             done[family, precision] = folder
@@ -79,6 +79,21 @@ def test_every_graph_has_a_spelling_that_tensorrt_is_published_to_have(
         path = bundle.path(graph, "tensorrt")
         assert path.name == f"{graph}.tensorrt.onnx"
         assert misfits(path) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES.SMALL)
+def test_int8_holds_in_denoiser_and_decoder(
+    built: Callable[[str, str], Path], family: str
+) -> None:
+    bundle = open_bundle(built(family, "fp32"), check=False)
+    result = verify(bundle, spelling="int8")
+    assert result, result.failures
+    assert result.measured["mean_log_prob"] > 0  # it is another graph
+    decoder = bundle.manifest.graphs.get("decoder")
+    assert ("psnr_db" in result.measured) == (decoder is not None)
+    if decoder is not None:
+        assert decoder.spellings["int8"] == "decoder.int8.onnx"
+        assert 30 < result.measured["psnr_db"] < 60
 
 
 @pytest.mark.parametrize("family", FAMILIES.SMALL)
