@@ -82,9 +82,7 @@ def test_every_graph_has_a_spelling_that_tensorrt_is_published_to_have(
 
 
 @pytest.mark.parametrize("family", FAMILIES.SMALL)
-def test_int8_holds_in_denoiser_and_decoder(
-    built: Callable[[str, str], Path], family: str
-) -> None:
+def test_int8_holds_in_denoiser_and_decoder(built: Callable[[str, str], Path], family: str) -> None:
     bundle = open_bundle(built(family, "fp32"), check=False)
     result = verify(bundle, spelling="int8")
     assert result, result.failures
