@@ -97,7 +97,8 @@ class Probe:
         extra = self._layout.canvas - self._count if spec.refresh_context else 0
         wanted = [size - extra for size in rows if size < self._layout.canvas]
         parts = _around(wanted, [1, *runner.manifest.buckets], self._count)
-        columns = sorted({1, self._count // 4, self._count // 2, self._count} - {0}, reverse=True)
+        some = (1, self._count // 4, self._count // 2, self._count)
+        columns = sorted({max(size, min(2, self._count)) for size in some}, reverse=True)
         # Rows and columns that hold tokens; 0 rows stand for a full pass, which fills the caches.
         self.points = [(0, size) for size in columns] + [(size, size) for size in parts]
 

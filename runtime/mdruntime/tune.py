@@ -33,6 +33,8 @@ __all__ = [
 
 QUALITIES = ("fast", "balanced", "best")
 
+_DIGITS = 6  # of milliseconds: rows that cost the same must not differ by a rounding
+
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
@@ -178,7 +180,9 @@ def tune(
     times = time_samplings(runner, some, batch=batch, repeats=repeats, seconds=seconds, clock=clock)
     measured = {name: float(np.median(runs)) for name, runs in times.items()}
     ms = calibrated(ms, plans, measured)
-    found = (Estimate(row, ms[row.name], not row.sampling.entropy_bound) for row in rows)
+    found = (
+        Estimate(row, round(ms[row.name], _DIGITS), not row.sampling.entropy_bound) for row in rows
+    )
     return _tuning((_known(estimate, measured) for estimate in found), costs.noise)
 
 
@@ -224,7 +228,8 @@ def _known(estimate: Estimate, measured: Mapping[str, float]) -> Estimate:
     """Return an estimate with the measured time in place of the predicted one, if there is any."""
     if estimate.row.name not in measured:
         return estimate
-    return replace(estimate, ms=measured[estimate.row.name], foreseen=True, measured=True)
+    ms = round(measured[estimate.row.name], _DIGITS)
+    return replace(estimate, ms=ms, foreseen=True, measured=True)
 
 
 def _tuning(estimates: Iterable[Estimate], noise: float) -> Tuning:

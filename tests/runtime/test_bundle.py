@@ -22,6 +22,7 @@ FILES = (
     "denoiser.weights",
     "encoder.onnx",
     "encoder.tensorrt.onnx",
+    "head.onnx",
     "report.md",
     "verify/decoder.npz",
     "verify/denoiser.npz",
@@ -172,7 +173,7 @@ def test_an_unfinished_build_is_no_bundle(altered: Callable[[], Path], tmp_path:
 
 def test_a_graph_that_is_not_there_is_named_with_those_that_are(digits_bundle: Path) -> None:
     opened = open_bundle(digits_bundle)
-    with pytest.raises(BundleError, match="no graph 'condition', only denoiser, decoder"):
+    with pytest.raises(BundleError, match="no graph 'condition', only denoiser, head, decoder"):
         opened.path("condition")
     assert opened.path("denoiser", "tensorrt").name == "denoiser.tensorrt.onnx"
     assert opened.path("denoiser", "other").name == "denoiser.onnx"

@@ -34,7 +34,7 @@ GUIDED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", SAMPLINGS, ids=lambda options: options["order"])
 def test_passes_of_images_are_those_foreseen(digits_bundle: Path, options: dict[str, Any]) -> None:
-    with mdruntime.load(digits_bundle, check=False) as pipeline:
+    with mdruntime.load(digits_bundle, check=False, first_pass_mb=0) as pipeline:
         counted = pipeline.counted()
         for guided in GUIDED:
             if "substeps" in guided and options["order"] == "maskgit":
@@ -51,7 +51,7 @@ def test_passes_of_images_are_those_foreseen(digits_bundle: Path, options: dict[
 def test_passes_of_texts_are_those_foreseen(
     small_bundle: Callable[[str], Path], options: dict[str, Any], length: int
 ) -> None:
-    with mdruntime.load_text(small_bundle("mdlm"), check=False) as pipeline:
+    with mdruntime.load_text(small_bundle("mdlm"), check=False, first_pass_mb=0) as pipeline:
         counted = pipeline.counted()
         sampling = Sampling(**{"rounds": 5, "guidance": 1.0, **options})
         for batch in (1, 2):
@@ -66,7 +66,7 @@ def test_passes_of_texts_are_those_foreseen(
 def test_passes_of_other_layouts_are_those_foreseen(
     small_bundle: Callable[[str], Path], family: str
 ) -> None:
-    with mdruntime.load(small_bundle(family), check=False) as pipeline:
+    with mdruntime.load(small_bundle(family), check=False, first_pass_mb=0) as pipeline:
         counted, slots = pipeline.counted(), pipeline.manifest.denoiser.slots
         sampling = Sampling(rounds=4, order="moment", substeps=2, guidance=1.0)
         pipeline.generate([1, 1], **fields(sampling))
