@@ -11,6 +11,7 @@ from mdruntime.bench import NOISY
 from mdruntime.bundle import Bundle, open_bundle
 from mdruntime.cli_bench import add_counts, check_counts, noise_line, say_machine, unit_of
 from mdruntime.cli_tuned import closed, device_options
+from mdruntime.duration import milliseconds
 from mdruntime.generation import time_samplings
 from mdruntime.machine import Machine, this_machine
 from mdruntime.records import to_json
@@ -19,7 +20,6 @@ from mdruntime.tune import (
     Estimate,
     Tuning,
     check_quality,
-    milliseconds,
     pick,
     settled,
     study_of,

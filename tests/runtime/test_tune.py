@@ -12,6 +12,7 @@ import pytest
 
 from mdruntime.bundle import MANIFEST, Bundle, open_bundle
 from mdruntime.cli import main
+from mdruntime.duration import milliseconds
 from mdruntime.errors import SamplingError
 from mdruntime.generation import time_samplings
 from mdruntime.manifest import Manifest, dump
@@ -19,7 +20,7 @@ from mdruntime.passes import PassShape, cost, foreseen
 from mdruntime.runner import Runner
 from mdruntime.sampling import Sampling
 from mdruntime.study import Study, StudyRow, chosen
-from mdruntime.tune import Forecast, Tuning, calibrated, milliseconds, pick, settled, tune
+from mdruntime.tune import Forecast, Tuning, calibrated, pick, settled, tune
 
 Capture = pytest.CaptureFixture[str]
 Fake = Callable[..., tuple[Runner, Any]]
