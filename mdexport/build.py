@@ -188,8 +188,11 @@ class _Work:
     def _cpu_int8_images(self) -> int:
         """Write the decoder in int8 for CPUs, calibrated on other images than the verified ones."""
         spec, file = self.graphs["decoder"], f"decoder.{CPU_INT8}.onnx"
-        tokens = canvases(self.model.denoiser, self.model.prompt)
-        count = write_cpu_int8_images(self.folder / spec.file, self.folder / file, tokens)
+        count = write_cpu_int8_images(
+            self.folder / spec.file,
+            self.folder / file,
+            lambda: canvases(self.model.denoiser, self.model.prompt),
+        )
         if count:
             self._add_spelling(CPU_INT8, file, "decoder")
         return count

@@ -6,7 +6,7 @@ of bytes. Norms, activations and residual sums between them stay in float32. Wei
 for the reason that ``dynamic`` gives. Scales are fixed: an image does not depend on its batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mdexport.dynamic import DOMAIN, WEIGHT_LEVELS, quantise_rows
-from mdexport.quantise import drop_unused, export_weights, place, quantised, tensor_of
+from mdexport.quantise import constant, drop_unused, export_weights, place, quantised, tensor_of
 from mdexport.replay import replay
 
 __all__ = ["convolutions", "quantise_convolutions", "ranges_of", "write_cpu_int8_images"]
@@ -26,19 +26,22 @@ _BYTES = 255
 _LEAST = 2.0**-100  # step of a value that is always zero
 
 
-def write_cpu_int8_images(source: Path, target: Path, tokens: NDArray[np.int32]) -> int:
+def write_cpu_int8_images(
+    source: Path, target: Path, tokens: Callable[[], NDArray[np.int32]]
+) -> int:
     """Write an image decoder with its convolutions in int8, and the products of its blocks.
 
     Args:
         source: the decoder in float32, spelled for ONNX Runtime.
         target: the graph to write; its weights in int8 go into a file of their own beside it.
-        tokens: (images, length), to be decoded for the ranges of values.
+        tokens: returns (images, length), to be decoded for the ranges of values; it is asked only
+            if there are convolutions.
 
     Returns:
         How many convolutions and products these are; with none, nothing is written.
     """
-    ranges = ranges_of(source, tokens)
     model = ir.load(source)
+    ranges = ranges_of(source, tokens()) if convolutions(model.graph) else {}
     weights = [*quantise_convolutions(model.graph, ranges), *quantise_rows(model.graph)]
     if weights:
         model.opset_imports[DOMAIN] = 1
@@ -72,7 +75,7 @@ def ranges_of(source: Path, tokens: NDArray[np.int32]) -> dict[str, tuple[float,
             model.graph.outputs.append(node.outputs[0])
             taps.append(str(node.outputs[0].name))
     passes = [{str(model.graph.inputs[0].name): image[None]} for image in tokens]
-    found = list(replay(model, source.with_name("taps.onnx"), passes, taps)) if taps else []
+    found = list(replay(model, source.with_name("taps.onnx"), passes, taps))
     return {
         str(value.name): (
             min(float(one[f"ReduceMin.{number}"]) for one in found),
@@ -122,20 +125,16 @@ def _in_int8(tape: ir.tape.Tape, node: ir.Node, step: np.float32) -> ir.Value:
     weight, *bias = (tensor_of(value).numpy() for value in node.inputs[1:] if value is not None)
     columns = weight.reshape(len(weight), -1).T
     whole, scales = quantised(columns, ir.DataType.FLOAT, levels=WEIGHT_LEVELS)
-
-    def constant(name: str, value: NDArray[np.generic]) -> ir.Value:
-        return tape.initializer(ir.tensor(value), name=f"{node.name}.{name}")
-
-    steps = constant("weight.int8", np.ascontiguousarray(whole.T.reshape(weight.shape)))
-    scale, zeros = (
-        constant("weight.scale", scales),
-        constant("weight.zero", np.zeros_like(whole[0])),
-    )
+    name = str(node.name)
+    ordered = np.ascontiguousarray(whole.T.reshape(weight.shape))
+    steps = constant(tape, f"{name}.weight.int8", ordered)
+    scale = constant(tape, f"{name}.weight.scale", scales)
+    zeros = constant(tape, f"{name}.weight.zero", np.zeros_like(whole[0]))
     node.replace_input_with(1, tape.op("DequantizeLinear", [steps, scale, zeros], {"axis": 0}))
     for values in bias:
         wide = (scales * step).astype(np.float32)
-        sums = constant("bias.int32", np.rint(values / wide).astype(np.int32))
-        inputs = [sums, constant("bias.scale", wide)]
+        sums = constant(tape, f"{name}.bias.int32", np.rint(values / wide).astype(np.int32))
+        inputs = [sums, constant(tape, f"{name}.bias.scale", wide)]
         node.replace_input_with(2, tape.op("DequantizeLinear", inputs, {"axis": 0}))
     return steps
 
@@ -144,11 +143,7 @@ def _put_after(graph: ir.Graph, node: ir.Node, result: ir.Value, ranges: Ranges)
     """Let all that reads a result read it after it was bytes; return that."""
     tape, users = ir.tape.Tape(), result.uses()
     bytes_ = _there_and_back(tape, result, ranges)
-    for made in tape.nodes:
-        made.metadata_props.update(node.metadata_props)
-    for initializer in tape.initializers:
-        graph.register_initializer(initializer)
-    graph.insert_after(node, tape.nodes)
+    place(graph, node, tape, after=True)
     for user, place_ in users:
         user.replace_input_with(place_, bytes_)
     return bytes_
@@ -157,8 +152,8 @@ def _put_after(graph: ir.Graph, node: ir.Node, result: ir.Value, ranges: Ranges)
 def _there_and_back(tape: ir.tape.Tape, value: ir.Value, ranges: Ranges) -> ir.Value:
     """Return a value after it was bytes."""
     step, zero = _byte(*ranges[str(value.name)])
-    scale = tape.initializer(ir.tensor(step), name=f"{value.name}.step")
-    middle = tape.initializer(ir.tensor(zero), name=f"{value.name}.middle")
+    scale = constant(tape, f"{value.name}.step", step)
+    middle = constant(tape, f"{value.name}.middle", zero)
     bytes_ = tape.op("QuantizeLinear", [value, scale, middle])
     bytes_.dtype, bytes_.shape = ir.DataType.UINT8, value.shape
     back = tape.op("DequantizeLinear", [bytes_, scale, middle])

@@ -12,14 +12,13 @@ own quantiser, and keep what a sample promises:
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from mdexport.quantise import (
     NO_PRODUCTS,
+    constant,
     drop_unused,
     export_weights,
     place,
@@ -79,10 +78,10 @@ def quantise_rows(graph: ir.Graph) -> list[ir.Value]:
         inputs = [
             rows,
             weights[-1],
-            _constant(tape, f"{name}.row", np.float32(1)),
-            _constant(tape, f"{name}.scale", scales),
-            _constant(tape, f"{name}.middle", np.uint8(_MIDDLE)),
-            _constant(tape, f"{name}.zero", np.int8(0)),
+            constant(tape, f"{name}.row", np.float32(1)),
+            constant(tape, f"{name}.scale", scales),
+            constant(tape, f"{name}.middle", np.uint8(_MIDDLE)),
+            constant(tape, f"{name}.zero", np.int8(0)),
         ]
         summed = tape.op("MatMulIntegerToFloat", inputs, domain=DOMAIN)
         result = tape.op("Mul", [summed, step])
@@ -98,11 +97,11 @@ def quantise_rows(graph: ir.Graph) -> list[ir.Value]:
 def _rows_in_int8(tape: ir.tape.Tape, value: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Return the bytes (..., rows, width) of an activation, and each row's step (..., rows, 1)."""
     name = str(value.name)
-    last = _constant(tape, f"{name}.last", np.array([-1]))
-    one = _constant(tape, f"{name}.one", np.float32(1))
-    middle = _constant(tape, f"{name}.middle", np.uint8(_MIDDLE))
-    share = _constant(tape, f"{name}.share", np.float32(1 / _ROW_LEVELS))
-    least = _constant(tape, f"{name}.least", np.float32(_LEAST))
+    last = constant(tape, f"{name}.last", np.array([-1]))
+    one = constant(tape, f"{name}.one", np.float32(1))
+    middle = constant(tape, f"{name}.middle", np.uint8(_MIDDLE))
+    share = constant(tape, f"{name}.share", np.float32(1 / _ROW_LEVELS))
+    least = constant(tape, f"{name}.least", np.float32(_LEAST))
     # Two reductions are faster here than a copy of all magnitudes and one.
     highest = tape.op("ReduceMax", [value, last])
     lowest = tape.op("ReduceMin", [value, last])
@@ -110,7 +109,3 @@ def _rows_in_int8(tape: ir.tape.Tape, value: ir.Value) -> tuple[ir.Value, ir.Val
     step = tape.op("Max", [tape.op("Mul", [largest, share]), least])
     rows = tape.op("QuantizeLinear", [tape.op("Div", [value, step]), one, middle])
     return rows, step
-
-
-def _constant(tape: ir.tape.Tape, name: str, value: NDArray[Any] | np.generic) -> ir.Value:
-    return tape.initializer(ir.tensor(np.asarray(value)), name=name)

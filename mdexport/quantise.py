@@ -22,6 +22,7 @@ from mdexport.trace import MODULE
 __all__ = [
     "NO_PRODUCTS",
     "Product",
+    "constant",
     "drop_unused",
     "export_weights",
     "place",
@@ -144,13 +145,19 @@ def _type(value: ir.Value) -> ir.DataType:
     return value.dtype
 
 
-def place(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape) -> None:
-    """Put what a tape has recorded before a node."""
+def constant(tape: ir.tape.Tape, name: str, value: NDArray[Any] | np.generic) -> ir.Value:
+    """Record an initializer."""
+    return tape.initializer(ir.tensor(np.asarray(value)), name=name)
+
+
+def place(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape, *, after: bool = False) -> None:
+    """Put what a tape has recorded before a node, or after it."""
     for made in tape.nodes:
         made.metadata_props.update(node.metadata_props)
     for initializer in tape.initializers:
         graph.register_initializer(initializer)
-    graph.insert_before(node, tape.nodes)
+    put = graph.insert_after if after else graph.insert_before
+    put(node, tape.nodes)
 
 
 def drop_unused(graph: ir.Graph) -> None:

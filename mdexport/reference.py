@@ -144,9 +144,7 @@ def record(
         VerificationError: the cached pass is not the model's own forward pass.
     """
     spec, conditions = denoiser.spec, _conditions(denoiser.spec, prompt)
-    condition = _conditioner(denoiser, conditions.inputs())
-    session = TorchSession(denoiser, None if condition is None else conditions.inputs())
-    runner = Runner(session, spec, conditions, condition=condition)
+    runner, session = _runner(denoiser, conditions)
     length = min(spec.length, _LONGEST) if spec.flexible else spec.length
     tokens = _trajectory(runner, spec, length)
     for number, ratio in enumerate(MASK_RATIOS):
@@ -171,17 +169,14 @@ def trajectories(
     spec, passes = denoiser.spec, list[dict[str, NDArray[Any]]]()
     length = min(spec.length, _LONGEST) if spec.flexible else spec.length
     for seed in range(_SEED + 1000, _SEED + 1000 + count):
-        runner, session = _runner(denoiser, prompt, seed)
+        runner, session = _runner(denoiser, _conditions(spec, prompt, seed))
         _trajectory(runner, spec, length, rounds, seed)
         passes += session.passes
     return passes
 
 
-def _runner(
-    denoiser: Denoiser, prompt: PromptSpec | None, seed: int
-) -> tuple[Runner, TorchSession]:
-    """Return what runs the model for two samples, and the session that records its passes."""
-    conditions = _conditions(denoiser.spec, prompt, seed)
+def _runner(denoiser: Denoiser, conditions: Conditions) -> tuple[Runner, TorchSession]:
+    """Return what runs the model, and the session that records its passes."""
     condition = _conditioner(denoiser, conditions.inputs())
     session = TorchSession(denoiser, None if condition is None else conditions.inputs())
     return Runner(session, denoiser.spec, conditions, condition=condition), session
@@ -197,10 +192,10 @@ def canvases(
         prompt: what its condition graph reads, where that is text.
         count: of trajectories, two samples each.
     """
-    found = []
+    spec, found = denoiser.spec, []
     for seed in range(_SEED + 2000, _SEED + 2000 + count):
-        runner, _ = _runner(denoiser, prompt, seed)
-        found.append(_trajectory(runner, denoiser.spec, denoiser.spec.length, seed=seed))
+        runner, _ = _runner(denoiser, _conditions(spec, prompt, seed))
+        found.append(_trajectory(runner, spec, spec.length, seed=seed))
     return np.concatenate(found)
 
 

@@ -16,15 +16,7 @@ from mdruntime.generation import time_samplings
 from mdruntime.machine import Machine, this_machine
 from mdruntime.records import to_json
 from mdruntime.runner import Runner
-from mdruntime.tune import (
-    Estimate,
-    Tuning,
-    check_quality,
-    pick,
-    settled,
-    study_of,
-    tune,
-)
+from mdruntime.tune import Estimate, Tuning, check_quality, pick, settled, study_of, tune
 from mdruntime.tuned import TUNED_FORMAT, Tuned, check_place, save_tuned
 
 __all__ = ["add_flags", "run"]

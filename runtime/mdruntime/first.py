@@ -9,7 +9,7 @@ were kept, and the head, as a graph of its own, draws from them what the pass wo
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,14 +98,20 @@ class FirstPass:
     """Runs the first pass of a batch, as far as its answers are not known."""
 
     def __init__(
-        self, kept: FirstPasses, session: Session, head: Session | None, *, partial: bool
+        self,
+        kept: FirstPasses,
+        session: Session,
+        head: Callable[[], Session] | None,
+        *,
+        partial: bool,
     ) -> None:
         """Take what is kept and what runs.
 
         Args:
             kept: answers of earlier passes.
             session: of the denoiser.
-            head: of the graph ``HEAD``; without it, only logits are answered.
+            head: opens the graph ``HEAD``, which most first passes never need; without it, only
+                logits are answered.
             partial: whether partial passes will follow, which need keys and values.
         """
         self._kept, self._session, self._head, self._partial = kept, session, head, partial
@@ -177,7 +183,7 @@ class FirstPass:
         if set(fetch) != {"logits"}:
             assert self._head is not None
             inputs = {"logits": logits, **{name: feeds[name] for name in HEAD_INPUTS[1:]}}
-            outputs |= self._head.run(inputs, list(Draws._fields))
+            outputs |= self._head().run(inputs, list(Draws._fields))
         return {name: outputs[name] for name in fetch}
 
 

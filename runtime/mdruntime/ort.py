@@ -132,17 +132,18 @@ class OrtSession:
             shared: what is in the file; sessions that agree in all of this share the weights. Empty
                 where that is not known.
         """
+        threads = _checked(threads)
         load = partial(
             open_graph,
             import_onnxruntime(),
             path,
             provider,
-            threads=_checked(threads),
+            threads=threads,
             graphs=provider == "cuda" and bool(spec.caches),
             options=options,
             profile=profile,
         )
-        key = (shared, path.resolve(), provider, _checked(threads), tuple(options.items()))
+        key = (shared, path.resolve(), provider, threads, tuple(options.items()))
         opened = share(key, load) if shared and profile is None else load()
         self._samples = samples
         self._set(opened, spec, provider, copy)

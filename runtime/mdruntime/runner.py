@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -206,9 +207,9 @@ class Runner:
             return None
         head = None
         if HEAD in self.manifest.graphs and self._head == "graph":
-            head = self.session(HEAD)
-        partial = sampling.substeps > 1 or sampling.refresh_interval > 1
-        return FirstPass(self.first_passes, session, head, partial=partial)
+            head = partial(self.session, HEAD)
+        cached = sampling.substeps > 1 or sampling.refresh_interval > 1
+        return FirstPass(self.first_passes, session, head, partial=cached)
 
     def _alone(self, steps: Iterator[Step]) -> Iterator[Step]:
         """Pass steps on until another run begins: its keys and values are in the caches then."""

@@ -83,7 +83,7 @@ def test_a_decoder_in_int8_is_near_the_one_in_float32(
     source, target = tmp_path / "decoder.onnx", tmp_path / "decoder.int8.onnx"
     weights = [some(16, 8, 3, 3), some(16, 16, 3, 3), some(3, 16, 1, 1)]
     ir.save(decoder(weights, between=between), source)
-    assert write_cpu_int8_images(source, target, tokens) == 3
+    assert write_cpu_int8_images(source, target, lambda: tokens) == 3
     assert target.with_suffix(".weights").stat().st_size >= 16 * 8 * 9 + 16 * 16 * 9 + 3 * 16
     expected, found = run(source, tokens), run(target, tokens)
     assert not np.array_equal(found, expected)
@@ -101,7 +101,7 @@ def test_the_largest_sums_do_not_saturate(tmp_path: Path, tokens: Array) -> None
     model.graph.initializers["table"].const_value = ir.tensor(np.full((32, 8), 2, np.float32))
     source, target = tmp_path / "decoder.onnx", tmp_path / "decoder.int8.onnx"
     ir.save(model, source)
-    write_cpu_int8_images(source, target, tokens)
+    write_cpu_int8_images(source, target, lambda: tokens)
     np.testing.assert_allclose(run(target, tokens), run(source, tokens), rtol=0.01)
 
 
@@ -131,7 +131,9 @@ def test_zero_is_a_byte_of_its_own(least: float, largest: float) -> None:
 
 def test_a_decoder_without_convolutions_stays_as_it_is(tmp_path: Path, tokens: Array) -> None:
     ir.save(decoder([]), tmp_path / "decoder.onnx")
-    assert write_cpu_int8_images(tmp_path / "decoder.onnx", tmp_path / "x.onnx", tokens) == 0
+    assert (
+        write_cpu_int8_images(tmp_path / "decoder.onnx", tmp_path / "x.onnx", lambda: tokens) == 0
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["decoder.onnx"]
     assert quantise_convolutions(decoder([]).graph, {}) == []
 
