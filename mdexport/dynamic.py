@@ -31,9 +31,10 @@ from mdruntime.errors import VerificationError
 __all__ = ["DOMAIN", "WEIGHT_LEVELS", "quantise_rows", "write_cpu_int8"]
 
 WEIGHT_LEVELS = 63  # of a weight, on either side of zero
-_ROW_LEVELS = 127  # of an activation
+_STEP = np.float32(1 / 127)  # of an activation, as a share of its row's largest magnitude
 _MIDDLE = 128  # stands for zero in an activation's bytes
-_LEAST = 2.0**-100  # step of a row that holds nothing but zeros
+_LEAST = np.float32(2.0**-100)  # magnitude of a row that holds nothing but zeros
+_GELU_DEPTH = np.float32(0.171)  # no value of GELU is below -0.1701
 DOMAIN = "com.microsoft"
 
 
@@ -69,7 +70,7 @@ def quantise_rows(graph: ir.Graph) -> list[ir.Value]:
         node, activation = product.node, product.activation
         if activation not in ready:
             ready[activation] = _rows_in_int8(tape, activation)
-        rows, step = ready[activation]
+        rows, largest = ready[activation]
         name = f"{node.name}.weight"
         whole, scales = quantised(
             tensor_of(product.weight).numpy(), ir.DataType.FLOAT, levels=WEIGHT_LEVELS
@@ -78,13 +79,13 @@ def quantise_rows(graph: ir.Graph) -> list[ir.Value]:
         inputs = [
             rows,
             weights[-1],
-            constant(tape, f"{name}.row", np.float32(1)),
+            constant(tape, f"{name}.row", _STEP),
             constant(tape, f"{name}.scale", scales),
             constant(tape, f"{name}.middle", np.uint8(_MIDDLE)),
             constant(tape, f"{name}.zero", np.int8(0)),
         ]
         summed = tape.op("MatMulIntegerToFloat", inputs, domain=DOMAIN)
-        result = tape.op("Mul", [summed, step])
+        result = tape.op("Mul", [summed, largest])
         old = node.outputs[0]
         result.dtype, result.shape = ir.DataType.FLOAT, old.shape
         place(graph, node, tape)
@@ -95,17 +96,18 @@ def quantise_rows(graph: ir.Graph) -> list[ir.Value]:
 
 
 def _rows_in_int8(tape: ir.tape.Tape, value: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Return the bytes (..., rows, width) of an activation, and each row's step (..., rows, 1)."""
+    """Return the bytes (..., rows, width) of an activation, and each row's largest magnitude."""
     name = str(value.name)
     last = constant(tape, f"{name}.last", np.array([-1]))
-    one = constant(tape, f"{name}.one", np.float32(1))
+    share = constant(tape, f"{name}.share", _STEP)
     middle = constant(tape, f"{name}.middle", np.uint8(_MIDDLE))
-    share = constant(tape, f"{name}.share", np.float32(1 / _ROW_LEVELS))
-    least = constant(tape, f"{name}.least", np.float32(_LEAST))
-    # Two reductions are faster here than a copy of all magnitudes and one.
-    highest = tape.op("ReduceMax", [value, last])
-    lowest = tape.op("ReduceMin", [value, last])
-    largest = tape.op("Max", [highest, tape.op("Neg", [lowest])])
-    step = tape.op("Max", [tape.op("Mul", [largest, share]), least])
-    rows = tape.op("QuantizeLinear", [tape.op("Div", [value, step]), one, middle])
-    return rows, step
+    bounds = [tape.op("ReduceMax", [value, last])]
+    node = value.producer()
+    if node is not None and node.op_type == "Gelu":
+        bounds.append(constant(tape, f"{name}.lowest", _GELU_DEPTH))
+    else:
+        # Two reductions are faster here than a copy of all magnitudes and one.
+        bounds.append(tape.op("Neg", [tape.op("ReduceMin", [value, last])]))
+        bounds.append(constant(tape, f"{name}.least", _LEAST))
+    largest = tape.op("Max", bounds)
+    return tape.op("QuantizeLinear", [tape.op("Div", [value, largest]), share, middle]), largest

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 import mdruntime
 from mdexport import spelling
+from mdexport.groups import in_steps
 from mdexport.lowering import lower
 from mdexport.operators import require_listed
 from mdexport.precision import LOW, fit, float32_operators
@@ -78,6 +79,8 @@ class Writer:
             float32_islands=islands,
         )
         self._spell(path, self.folder / spec.spellings[TENSORRT])
+        in_steps(graph)
+        ir.save(graph, path)
         if low == ir.DataType.BFLOAT16:  # which ONNX Runtime lacks on a CPU
             _round(path, path, low)
         return spec

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from mdexport.denoiser import VISIBLE, ConditionGraph, Denoiser, DenoiserGraph, HeadGraph
+from mdexport.expansions import drop_expansions
 from mdexport.head import OUTPUTS
 from mdruntime.denoiser import CONDITION
 from mdruntime.manifest import ImageSpec, PromptSpec, TensorSpec
@@ -100,6 +101,7 @@ def trace_denoiser(denoiser: Denoiser, prompt: PromptSpec | None) -> ir.Model:
     given = [name if name == VISIBLE else CONDITION + name for name in names]
     _rename(model.graph.inputs[-len(before) - len(given) :], [*given, *before])
     _rename(model.graph.outputs, [*OUTPUTS, *after, "logits"])
+    drop_expansions(model)
     return model
 
 
