@@ -75,7 +75,7 @@ def _command(
     """
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary)
     _add_bundle(parser, provider=True, optional=optional)
-    reduced = "keep decoder and encoder in memory only while they run"
+    reduced = "keep one large graph in memory at a time"
     parser.add_argument("--reduce-memory", action="store_true", help=reduced)
     answers = f"megabytes for answers of first passes, to be used again  [{kept:g}]"
     parser.add_argument("--first-pass-mb", type=float, default=kept, metavar="MB", help=answers)

@@ -67,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
     bundle = open_bundle(options.bundle)
     makes_text = bundle.manifest.text is not None
     (check_texts if makes_text else check_images)(options)
+    # No pass comes after the decoder here: the denoiser makes room for it at no cost.
+    options.reduce_memory |= options.provider == "cpu" and options.animate is None
     runner = open_runner(bundle, options)
     with closed(runner):
         say_tuned(runner, options)
@@ -119,7 +121,7 @@ def _images(pipeline: Pipeline, options: argparse.Namespace) -> tuple[Images, in
     chosen, prompts = _repeated(options.labels, options), _repeated(options.prompt, options)
     total = len(chosen or prompts or range(options.count))
     size = total if options.animate is not None else options.batch_size
-    images, frames, passes = [], [], 0
+    canvases, frames, passes = [], [], 0
     for start in range(0, total, size):
         part = slice(start, start + size)
         steps = pipeline.steps(
@@ -134,11 +136,12 @@ def _images(pipeline: Pipeline, options: argparse.Namespace) -> tuple[Images, in
             if options.animate is not None:
                 frames.append(pipeline.preview(step.tokens))
         passes += step.passes
-        images.append(pipeline.decode(step.tokens))
+        canvases.append(step.tokens)
+    images = pipeline.decode(np.concatenate(canvases))
     if options.animate is not None:
         pages = [sheet(enlarge(frame, options.scale), columns(options)) for frame in frames]
         save_animation(options.animate, pages)
-    return np.concatenate(images), passes
+    return images, passes
 
 
 def _repeated(given: list[Any] | None, options: argparse.Namespace) -> list[Any]:

@@ -273,8 +273,9 @@ class Pipeline:
     def _complete(
         self, canvas: Tokens, conditions: Conditions, batch_size: int, options: dict[str, Any]
     ) -> Images:
+        # All canvases before all images: the decoder is loaded once where memory is short.
         parts = self._runner.finish(canvas, conditions, batch_size, options)
-        return np.concatenate([self.decode(part) for part in parts])
+        return self.decode(np.concatenate(list(parts)))
 
     def decode(self, tokens: Tokens) -> Images:
         """Return the images uint8 (batch, height, width, 3) of tokens int (batch, length)."""

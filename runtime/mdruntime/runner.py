@@ -54,7 +54,7 @@ class Runner:
             threads: CPU threads; 0 takes as many as the process may use.
             head: draw tokens in the ``graph``, or in ``numpy`` from its logits.
             tuned: what was chosen for this device; it is the default then.
-            reduce_memory: keep decoder and encoder in memory only while they run.
+            reduce_memory: keep one large graph in memory at a time; see ``load``.
             precision: one that the bundle was exported in, such as ``int8``; its own if empty.
             first_pass_mb: megabytes for answers of first passes; see ``FirstPasses``.
 
@@ -71,6 +71,7 @@ class Runner:
         self._head = head
         self._counted: Counted | None = None
         self._runs = 0  # begun so far
+        self._unfinished = False  # whether passes of the last one are yet to come
         self.first_passes = _first_passes(first_pass_mb)
         self.precision = precision or bundle.manifest.precision
         self._backend: Backend = open_backend(
@@ -92,6 +93,7 @@ class Runner:
         runner = object.__new__(cls)
         runner.bundle, runner.tuned, runner.precision = bundle, None, bundle.manifest.precision
         runner._threads, runner._head, runner._runs = 0, "graph", 0
+        runner._unfinished = False
         runner._backend, runner._counted, runner.first_passes = backend, None, FirstPasses(0)
         return runner
 
@@ -103,7 +105,7 @@ class Runner:
     @property
     def provider(self) -> str:
         """The execution provider in use."""
-        return self.session("denoiser").provider
+        return self._backend.provider
 
     @property
     def threads(self) -> int:
@@ -215,13 +217,17 @@ class Runner:
         """Pass steps on until another run begins: its keys and values are in the caches then."""
         self._runs += 1
         run = self._runs
-        for step in steps:
-            yield step
-            if step.hidden and run != self._runs:
-                raise SamplingError(
-                    "another generation began on this pipeline before this one was finished; "
-                    "finish one first, or run the other on a clone()"
-                )
+        try:
+            for step in steps:
+                self._unfinished = step.hidden > 0
+                yield step
+                if step.hidden and run != self._runs:
+                    raise SamplingError(
+                        "another generation began on this pipeline before this one was finished; "
+                        "finish one first, or run the other on a clone()"
+                    )
+        finally:
+            self._unfinished &= run != self._runs
 
     def request(self, batch: int, options: dict[str, Any]) -> tuple[Sampling, Randomness]:
         """Return what a call asks for: ``seed``, ``first_index``, ``preset``, sampler options."""
@@ -260,6 +266,8 @@ class Runner:
         Image decoders and encoders are bound by arithmetic, and their activations are large.
         """
         output = self.manifest.graphs[graph].outputs[0].name if items else ""
+        if not self._unfinished:
+            self._backend.release("denoiser")
         session = self.session(graph)
         try:
             return np.concatenate([session.run({name: i[None]}, [output])[output] for i in items])

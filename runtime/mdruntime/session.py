@@ -4,6 +4,7 @@ A *session* runs a graph; a *backend* is all of a bundle on one provider and ope
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +37,7 @@ Outputs = dict[str, Array]
 PROVIDERS = ("cpu", "cuda", "tensorrt", "ort-tensorrt")
 ON_DEMAND = ("decoder", "encoder")
 """Graphs that run before or after all passes, and need no memory in between."""
+_IN_TURNS = ("denoiser", *ON_DEMAND)  # graphs of which one at a time is needed
 INT8 = "int8"
 """Spelling of denoiser and decoder with products in int8, for CPUs."""
 
@@ -81,7 +83,10 @@ class Backend(Protocol):
         """
 
     def release(self, graph: str) -> None:
-        """Say that a graph is not needed for now; where memory is short, its session is closed."""
+        """Say that a graph is not needed for now; where memory is short, its session is closed.
+
+        Its keys and values are lost: the next pass has to be a full one.
+        """
 
     @property
     def notes(self) -> list[str]:
@@ -163,13 +168,22 @@ class Sessions:
     def session(self, graph: str) -> Session:
         """Return the session of a graph."""
         if graph not in self._sessions:
-            self._sessions[graph] = self._opened(graph)
+            self._sessions[graph] = self._new(graph)
         return self._sessions[graph]
 
+    def _new(self, graph: str) -> Session:
+        if not (self._reduce_memory and graph in _IN_TURNS):
+            return self._opened(graph)
+        from mdruntime.on_demand import OnDemand
+
+        session = OnDemand(self.provider, partial(self._opened, graph))
+        session.open()  # what is wrong with it is found out now
+        return session
+
     def release(self, graph: str) -> None:
-        """Close the session of a graph that is opened on demand."""
-        if self._reduce_memory and graph in ON_DEMAND and graph in self._sessions:
-            self._sessions.pop(graph).close()
+        """Close the session of a graph until it runs again, where memory is short."""
+        if self._reduce_memory and graph in _IN_TURNS and graph in self._sessions:
+            self._sessions[graph].close()
 
     @property
     def notes(self) -> list[str]:
@@ -206,7 +220,7 @@ def open_backend(
         threads: CPU threads; 0 takes as many as the process may use.
         spelling: open graphs as they are spelled for another backend, where they are.
         precision: ``int8`` for products in int8, where the bundle has them; as exported if empty.
-        reduce_memory: keep decoder and encoder in memory only while they run.
+        reduce_memory: keep one large graph in memory at a time; see ``load``.
         engines: folder with engines of TensorRT that are not published yet.
 
     Raises:

@@ -191,18 +191,6 @@ def test_with_reduced_memory_decoder_and_encoder_come_and_go(
         assert engines_in(device) == 3
 
 
-def test_reduced_memory_closes_the_sessions_of_other_providers_too(digits_bundle: Path) -> None:
-    bundle = mdruntime.open_bundle(digits_bundle, check=False)
-    for reduce_memory in (False, True):
-        backend = open_backend(bundle, "cpu", reduce_memory=reduce_memory)
-        decoder, denoiser = backend.session("decoder"), backend.session("denoiser")
-        backend.release("decoder")
-        backend.release("denoiser")
-        assert (backend.session("decoder") is decoder) != reduce_memory
-        assert backend.session("denoiser") is denoiser
-        backend.close()
-
-
 def test_a_graph_that_needs_a_larger_block_makes_the_others_move(
     digits_bundle: Path, with_engines: WithEngines, device: StandIn
 ) -> None:
