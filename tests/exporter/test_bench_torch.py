@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mdruntime
 import mdzoo
-from mdexport.bench import ORIGINAL, gigaflop, race, weight_shapes
+from mdexport.bench import ORIGINAL, gigaflop, race, times_as_fast, weight_shapes
 from mdexport.cli import _run
 from mdexport.rivals import TorchBackend, original_image
 from mdruntime.bundle import Bundle, open_bundle
@@ -112,8 +112,15 @@ def test_all_contestants_run_the_same_passes(bundle: Bundle, model: Any) -> None
     assert all(set(times) == {"ours", "torch"} for times in found.passes.values())
     assert {name: list(times) for name, times in found.images.items()} == presets
     assert set(found.products) == set(found.gigaflop) == {65, 8}
-    spreads = [spread for times in found.passes.values() for spread in times.values()]
-    assert all(0 < spread.minimum <= spread.median for spread in spreads)
+    repeats = [some for times in found.passes.values() for some in times.values()]
+    assert all(min(some) > 0 for some in repeats)
+    assert len({len(some) for some in repeats}) == 1  # turn by turn
+
+
+def test_ratios_are_those_of_one_turn() -> None:
+    machine = np.array([1.0, 1.5, 1.5, 1.0, 1.5])  # how slow it was in each turn
+    assert times_as_fast((4 * machine).tolist(), (10 * machine).tolist()) == pytest.approx(2.5)
+    assert times_as_fast([2.0, 2.0, 9.0], [6.0, 6.0, 6.0]) == pytest.approx(3)
 
 
 def test_the_table_fits_a_terminal_and_machines_get_all(bundle: Bundle, capsys: Capture) -> None:
