@@ -16,7 +16,9 @@ from mdruntime.costs import Kind
 from mdruntime.manifest import DenoiserSpec, GraphSpec
 from mdruntime.probe import Probe, guidable, pipeline_of, request_of
 from mdruntime.runner import Runner
+from mdruntime.steal import read_ticks, stolen_share
 from mdruntime.timing import interleaved, noise_of
+from mdruntime.waiting import read_waits, waited_share
 
 __all__ = ["ORIGINAL", "Race", "Times", "gigaflop", "race", "times_as_fast", "weight_shapes"]
 
@@ -38,6 +40,8 @@ class Race:
     products: dict[int, Times]  # the matrix products of a pass alone, by its rows
     gigaflop: dict[int, float]  # of an unguided pass, by its rows
     noise: float  # by how much slow repeats exceed the fastest, as a share
+    steal: float  # share of the cores' time that the host gave to others
+    waited: float  # share of this process's time that its threads waited for a core
 
 
 def race(
@@ -59,6 +63,7 @@ def race(
         repeats: of passes.
         image_repeats: of samples.
     """
+    ticks, waits = read_ticks(), read_waits()
     first = next(iter(runners.values()))
     spec = first.manifest.denoiser
     denoiser = first.manifest.graphs["denoiser"]
@@ -82,6 +87,8 @@ def race(
         {size: times for (name, _, size), times in found.items() if not name},
         {size: gigaflop(shapes, denoiser, spec, size) for size in (spec.canvas, *rows)},
         noise_of(times for (name, _, _), times in found.items() if name),
+        stolen_share(ticks, read_ticks()),
+        waited_share(waits, read_waits()),
     )
 
 

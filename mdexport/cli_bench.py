@@ -15,7 +15,6 @@ from mdexport.bench import ORIGINAL, Race, Times, race, times_as_fast
 from mdexport.cli_models import find, sources
 from mdexport.model import Model
 from mdexport.rivals import TorchBackend
-from mdruntime.bench import NOISY
 from mdruntime.bundle import Bundle, open_bundle
 from mdruntime.cli_bench import noise_line, say_machine
 from mdruntime.errors import SamplingError
@@ -79,8 +78,8 @@ def bench_command(bundle: Path, **options: Any) -> None:
     click.echo(f"  torch      {torch.__version__}")
     for line in _lines(found, manifest, list(runners)):
         click.echo(line)
-    if found.noise > NOISY:
-        click.echo(f"\n{noise_line(found.noise)}")
+    if warning := noise_line(found.noise, found.steal, found.waited):
+        click.echo(f"\n{warning}")
 
 
 def _rows(text: str, manifest: Manifest) -> list[int]:
@@ -213,7 +212,9 @@ def _facts(
             for preset, some in found.images.items()
         },
         "noise": found.noise,
-        "noisy": found.noise > NOISY,
+        "steal": found.steal,
+        "waited": found.waited,
+        "noisy": bool(noise_line(found.noise, found.steal, found.waited)),
     }
 
 

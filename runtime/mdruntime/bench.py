@@ -17,6 +17,7 @@ from mdruntime.runner import Runner
 from mdruntime.sampling import Sampling
 from mdruntime.steal import STOLEN, read_ticks, stolen_share
 from mdruntime.timing import measure, noise_of
+from mdruntime.waiting import WAITED, read_waits, waited_share
 from mdruntime.watch import Spent
 
 __all__ = ["NOISY", "Bench", "Copied", "PassTime", "Spread", "bench"]
@@ -76,6 +77,7 @@ class Bench:
     peak_mb: float  # most memory that the process has held so far; 0 where it is not known
     noise: float  # by how much the slow repeats exceed the fastest one, as a share
     steal: float = 0.0  # share of the cores' time that the host gave to others
+    waited: float = 0.0  # share of this process's time that its threads waited for a core
     first_ms: float = 0.0  # from the beginning of loading to the first sample of the default preset
     batches: tuple[BatchTime, ...] = ()
     roofline: Roofline | None = None
@@ -83,7 +85,7 @@ class Bench:
     @property
     def noisy(self) -> bool:
         """Whether something else kept the machine busy."""
-        return self.noise > NOISY or self.steal > STOLEN
+        return self.noise > NOISY or self.steal > STOLEN or self.waited > WAITED
 
 
 def bench(
@@ -110,7 +112,7 @@ def bench(
     Raises:
         SamplingError: an unknown preset.
     """
-    manifest, ticks = runner.manifest, read_ticks()
+    manifest, ticks, waits = runner.manifest, read_ticks(), read_waits()
     names = list(presets)
     chosen = {name: runner.sampling(name, {}) for name in names or runner.presets}
     first_ms = load_ms + generation(runner, runner.sampling("default", {}), 1, clock)()
@@ -144,6 +146,7 @@ def bench(
         peak_mb=peak_mb(),
         noise=noise_of(times.values()),
         steal=stolen_share(ticks, read_ticks()),
+        waited=waited_share(waits, read_waits()),
         first_ms=first_ms,
     )
 

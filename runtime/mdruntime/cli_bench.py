@@ -21,6 +21,7 @@ from mdruntime.roofline import profile_passes, roofline
 from mdruntime.runner import Runner
 from mdruntime.steal import STOLEN
 from mdruntime.tuned import read_tuned
+from mdruntime.waiting import WAITED
 
 __all__ = ["add_flags", "check_counts", "noise_line", "run", "say_machine", "unit_of"]
 
@@ -148,7 +149,8 @@ def _say(found: Bench, manifest: Manifest) -> None:
     print(f"  batch      {found.batch}")
     if found.peak_mb:
         print(f"  memory     {found.peak_mb:.0f} MB at most, all of this process")
-    print(f"  noise      {found.noise:.0%} between repeats, {found.steal:.1%} stolen by the host")
+    others = f"{found.steal:.1%} stolen by the host, {found.waited:.1%} waiting for cores"
+    print(f"  noise      {found.noise:.0%} between repeats, {others}")
     tables = [_pass_lines(found, unit), _preset_lines(found, unit), _copied_lines(found)]
     if found.batches:
         tables.append(_batch_lines(found, unit))
@@ -161,7 +163,7 @@ def _say(found: Bench, manifest: Manifest) -> None:
         for line in lines:
             print(line)
     if found.noisy:
-        print(f"\n{noise_line(found.noise, found.steal)}")
+        print(f"\n{noise_line(found.noise, found.steal, found.waited)}")
 
 
 def _pass_lines(found: Bench, unit: str) -> Iterable[str]:
@@ -224,7 +226,7 @@ def say_machine(machine: Machine) -> None:
     print(f"  date       {machine.date}")
 
 
-def noise_line(noise: float, steal: float = 0.0) -> str:
+def noise_line(noise: float, steal: float = 0.0, waited: float = 0.0) -> str:
     """Return the warning that the numbers were disturbed, and by what."""
     lines = []
     if noise > NOISY:
@@ -236,5 +238,10 @@ def noise_line(noise: float, steal: float = 0.0) -> str:
         lines += [
             f"noisy: the host gave {steal:.0%} of the cores' time to others (over {STOLEN:.0%});",
             "measure again when it has less to do",
+        ]
+    if waited > WAITED:
+        lines += [
+            f"noisy: threads waited {waited:.0%} of their time for cores that others had (over",
+            f"{WAITED:.0%}); close what else is running, or use fewer --threads",
         ]
     return "\n".join(lines)

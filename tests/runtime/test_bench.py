@@ -32,9 +32,10 @@ def bundle(digits_bundle: Path) -> Bundle:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither measure the machine, which takes seconds, nor let its host steal from the tests."""
+    """Neither measure the machine, which takes seconds, nor let others disturb the tests."""
     monkeypatch.setattr("mdruntime.cli_bench.measure_ceiling", lambda _: CEILING)
     monkeypatch.setattr("mdruntime.bench.read_ticks", lambda: (0, 0))
+    monkeypatch.setattr("mdruntime.bench.read_waits", dict)
 
 
 def test_a_sample_takes_its_passes_and_its_decoding(bundle: Bundle, fake_device: Fake) -> None:
