@@ -20,10 +20,21 @@ from mdruntime.steal import read_ticks, stolen_share
 from mdruntime.timing import interleaved, noise_of
 from mdruntime.waiting import read_waits, waited_share
 
-__all__ = ["ORIGINAL", "Race", "Times", "gigaflop", "race", "times_as_fast", "weight_shapes"]
+__all__ = [
+    "AGAIN",
+    "ORIGINAL",
+    "Race",
+    "Times",
+    "gigaflop",
+    "race",
+    "times_as_fast",
+    "weight_shapes",
+]
 
 ORIGINAL = "original"
 """The way of the published repositories; see ``rivals.original_image``."""
+AGAIN = ", again"
+"""After the name of a preset: of a class or canvas that was asked for before."""
 
 Shapes = Sequence[tuple[int, int]]
 Times = Sequence[float]
@@ -50,6 +61,7 @@ def race(
     *,
     rows: Sequence[int] = (),
     presets: Mapping[str, Sequence[str]] = {},
+    keeping: Mapping[str, Runner] = {},
     repeats: int = 7,
     image_repeats: int = 3,
 ) -> Race:
@@ -60,6 +72,8 @@ def race(
         model: the same in PyTorch.
         rows: of partial passes.
         presets: what samples are drawn with, and by whom; ``ORIGINAL`` may be among them.
+        keeping: some of the contestants once more, which keep the answers of first passes: they
+            draw what they have been asked for before.
         repeats: of passes.
         image_repeats: of samples.
     """
@@ -83,7 +97,7 @@ def race(
             passes.setdefault((guided, size), {})[name] = times
     return Race(
         passes,
-        _images(runners, model, presets, image_repeats),
+        _images(runners, keeping, model, presets, image_repeats),
         {size: times for (name, _, size), times in found.items() if not name},
         {size: gigaflop(shapes, denoiser, spec, size) for size in (spec.canvas, *rows)},
         noise_of(times for (name, _, _), times in found.items() if name),
@@ -104,6 +118,7 @@ def _passes(
 
 def _images(
     runners: Mapping[str, Runner],
+    keeping: Mapping[str, Runner],
     model: Model,
     presets: Mapping[str, Sequence[str]],
     repeats: int,
@@ -112,6 +127,9 @@ def _images(
     for preset, names in presets.items():
         for name in names:
             jobs[preset, name] = _image(runners, model, preset, name)
+        for name in keeping:
+            jobs[preset + AGAIN, name] = again = _image(keeping, model, preset, name)
+            again()  # answers are kept from the second time on, which the first turn is
     found = interleaved(jobs, repeats=repeats, seconds=600)
     images: dict[str, dict[str, Times]] = {}
     for (preset, name), times in found.items():

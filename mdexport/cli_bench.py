@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 import mdzoo
-from mdexport.bench import ORIGINAL, Race, Times, race, times_as_fast
+from mdexport.bench import AGAIN, ORIGINAL, Race, Times, race, times_as_fast
 from mdexport.cli_models import find, sources
 from mdexport.model import Model
 from mdexport.rivals import TorchBackend
 from mdruntime.bundle import Bundle, open_bundle
 from mdruntime.cli_bench import noise_line, say_machine
 from mdruntime.errors import SamplingError
+from mdruntime.first import FIRST_PASS_MB
 from mdruntime.machine import Machine, this_machine
 from mdruntime.manifest import Manifest
 from mdruntime.records import to_json
@@ -27,6 +28,7 @@ from mdruntime.session import INT8
 __all__ = ["bench_command"]
 
 _EAGER, _COMPILED = "torch", "compiled"
+_NOTE = "\nagain: of what was asked for before, its first pass kept (load's first_pass_mb)"
 
 
 @click.command("bench")
@@ -56,8 +58,9 @@ def bench_command(bundle: Path, **options: Any) -> None:
     rows = _rows(options["rows"], manifest)
     model = _model(manifest, options)
     with contextlib.ExitStack() as held:
-        runners = _runners(opened, model, options)
-        for runner in runners.values():
+        ours, keeping = (_ours(opened, options, kept) for kept in (0.0, FIRST_PASS_MB))
+        runners = {**ours, **_rivals(opened, model, options)}
+        for runner in (*runners.values(), *keeping.values()):
             held.callback(runner.close)
         machine = this_machine("cpu", next(iter(runners.values())).threads)
         torch.set_num_threads(machine.threads)
@@ -65,7 +68,8 @@ def bench_command(bundle: Path, **options: Any) -> None:
             runners,
             model,
             rows=rows,
-            presets=_presets(manifest, list(runners)) if options["images"] else {},
+            presets=_presets(manifest, list(ours), list(runners)) if options["images"] else {},
+            keeping=keeping,
             repeats=options["repeats"],
             image_repeats=options["images"],
         )
@@ -105,24 +109,27 @@ def _model(manifest: Manifest, options: Mapping[str, Any]) -> Model:
     return mdzoo.load(entry, sources(entry, given))
 
 
-def _runners(bundle: Bundle, model: Model, options: Mapping[str, Any]) -> dict[str, Runner]:
-    threads = options["threads"]
-    runners = {"fp32": Runner(bundle, threads=threads)}
-    if INT8 in bundle.manifest.graphs["denoiser"].spellings:
-        runners[INT8] = Runner(bundle, threads=threads, precision=INT8)
-    runners[_EAGER] = Runner.over(bundle, TorchBackend(model))
+def _ours(bundle: Bundle, options: Mapping[str, Any], first_pass_mb: float) -> dict[str, Runner]:
+    """Return the runtime in each precision of the bundle."""
+    built = ["fp32", *([INT8] if INT8 in bundle.manifest.graphs["denoiser"].spellings else [])]
+    kept = {"threads": options["threads"], "first_pass_mb": first_pass_mb}
+    return {name: Runner(bundle, precision=name, **kept) for name in built}
+
+
+def _rivals(bundle: Bundle, model: Model, options: Mapping[str, Any]) -> dict[str, Runner]:
+    """Return PyTorch under the runtime's samplers."""
+    rivals = {_EAGER: Runner.over(bundle, TorchBackend(model))}
     if options["compiled"]:
-        runners[_COMPILED] = Runner.over(bundle, TorchBackend(model, compiled=True))
-    return runners
+        rivals[_COMPILED] = Runner.over(bundle, TorchBackend(model, compiled=True))
+    return rivals
 
 
-def _presets(manifest: Manifest, names: list[str]) -> dict[str, list[str]]:
+def _presets(manifest: Manifest, ours: list[str], names: list[str]) -> dict[str, list[str]]:
     """Return which samples are drawn: the published sampler by all, others by the runtime."""
     drawn = {"published": [*names]}
     maskgit = manifest.presets["published"].order == "maskgit"
     if maskgit and manifest.denoiser.classes and manifest.image is not None:
         drawn["published"].append(ORIGINAL)
-    ours = [name for name in names if name not in (_EAGER, _COMPILED)]
     return {**drawn, **dict.fromkeys(("balanced", "fast"), ours)}
 
 
@@ -151,19 +158,26 @@ def _lines(found: Race, manifest: Manifest, names: list[str]) -> list[str]:
 
 def _image_lines(found: Race, names: list[str]) -> list[str]:
     """Return the times of samples, and how these compare with the published repository's."""
-    samples = {f"preset {preset}": times for preset, times in found.images.items()}
+    samples = {
+        f"preset {preset}": found.images[preset] for preset in sorted(found.images, key=_kept)
+    }
     medians = {name: _medians(times) for name, times in samples.items()}
     original = found.images["published"].get(ORIGINAL)
     if original is None:
-        return ["", *_table("median ms of a sample", medians, names, 1)]
+        return ["", *_table("median ms of a sample", medians, names, 1), _NOTE.strip()]
     ratios = {name: _ratios(times, original) for name, times in samples.items()}
     return [
         "",
         *_table("median ms of a sample", medians, [*names, ORIGINAL], 1),
         "",
         *_table(f"times as fast as {ORIGINAL}", ratios, names, 2),
-        "Ratios are medians over turns, in which all ran one after another.",
+        f"Ratios are medians over turns, in which all ran one after another.{_NOTE}",
     ]
+
+
+def _kept(preset: str) -> bool:
+    """Whether answers of first passes were kept: these stand below the others."""
+    return preset.endswith(AGAIN)
 
 
 def _pass_name(guided: bool, rows: int, full: int) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mdruntime.bench import Bench
+from mdruntime.cli_roofline import count_of_rows
 from mdruntime.errors import BundleError
 from mdruntime.records import from_json
 
@@ -47,8 +48,7 @@ def compared(before: Bench, after: Bench) -> Iterable[str]:
 def _times(found: Bench) -> Iterable[tuple[str, float]]:
     """Yield the name of each time, and its milliseconds; not those that older versions lack."""
     for each in sorted(found.passes, key=lambda each: (each.rows, each.guided), reverse=True):
-        rows = f"{each.rows} row{'s' if each.rows != 1 else ''}"
-        yield f"pass, {rows}{', guided' if each.guided else ''}", each.ms
+        yield f"pass, {count_of_rows(each.rows)}{', guided' if each.guided else ''}", each.ms
     yield "load", found.load_ms
     if found.first_ms:
         yield "first sample", found.first_ms

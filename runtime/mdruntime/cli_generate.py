@@ -15,6 +15,7 @@ from mdruntime.bundle import open_bundle
 from mdruntime.cli_tuned import closed, open_runner, say_tuned, tuned_facts
 from mdruntime.denoiser import HEADS
 from mdruntime.images import enlarge, save_animation, save_image, sheet
+from mdruntime.machine import peak_mb
 from mdruntime.options import (
     add_sampling_flags,
     check_images,
@@ -107,6 +108,7 @@ def _sheet(runner: Runner, options: argparse.Namespace, facts: dict[str, Any]) -
     images, passes = _images(Pipeline(runner), options)
     seconds = time.perf_counter() - began
     facts |= {"images": len(images), "passes": passes, "generate_s": round(seconds, 3)}
+    facts["peak_mb"] = round(peak_mb())
     if options.output is not None:
         page = sheet(enlarge(images, options.scale), columns(options))
         save_image(options.output, page, facts)
@@ -207,7 +209,7 @@ def _texts(runner: Runner, options: argparse.Namespace, facts: dict[str, Any]) -
         passes += state.step.passes
     seconds = time.perf_counter() - began
     facts |= {"infill": options.infill, "length": canvas.shape[1], "texts": texts}
-    facts |= {"passes": passes, "generate_s": round(seconds, 3)}
+    facts |= {"passes": passes, "generate_s": round(seconds, 3), "peak_mb": round(peak_mb())}
     _say_texts(options, facts)
 
 

@@ -7,7 +7,7 @@ from mdruntime.bench import PassTime
 from mdruntime.ceiling import Ceiling
 from mdruntime.roofline import Operator, PassProfile, PassWork, Roofline
 
-__all__ = ["operator_lines", "pass_name", "roofline_lines"]
+__all__ = ["count_of_rows", "operator_lines", "pass_name", "roofline_lines"]
 
 _SHOWN = 0.01  # share of a pass below which operators share a line
 _WIDTH = 80
@@ -17,7 +17,12 @@ _NAMED = 4  # operators that the summary names
 def pass_name(rows: int, most: int) -> str:
     """Return what to call a pass over so many rows where a full one has the most."""
     kind = "full" if rows == most else "partial"
-    return f"{kind}, {rows} row{'s' if rows != 1 else ''}"
+    return f"{kind}, {count_of_rows(rows)}"
+
+
+def count_of_rows(rows: int) -> str:
+    """Return a number of rows in words."""
+    return f"{rows} row{'s' if rows != 1 else ''}"
 
 
 def roofline_lines(found: Roofline, passes: Sequence[PassTime]) -> Iterable[str]:
@@ -51,7 +56,7 @@ def operator_lines(
 ) -> Iterable[str]:
     """Yield the operators of a pass, the slowest first, and where its time goes."""
     heads = ("ms", "share", "GFLOP/s", "of peak")
-    title = f"operators, {found.rows} row{'s' if found.rows != 1 else ''}"
+    title = f"operators, {count_of_rows(found.rows)}"
     yield f"{title:28} {'calls':>5} " + " ".join(f"{head:>9}" for head in heads)
     shown = [each for each in found.operators if each.ms >= _SHOWN * found.ms]
     for each in shown:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mdruntime
 import mdzoo
-from mdexport.bench import ORIGINAL, gigaflop, race, times_as_fast, weight_shapes
+from mdexport.bench import AGAIN, ORIGINAL, gigaflop, race, times_as_fast, weight_shapes
 from mdexport.cli import _run
 from mdexport.rivals import TorchBackend, original_image
 from mdruntime.bundle import Bundle, open_bundle
@@ -107,10 +107,16 @@ def test_arithmetic_is_counted_as_pytorch_counts_it(bundle: Bundle, model: Any) 
 def test_all_contestants_run_the_same_passes(bundle: Bundle, model: Any) -> None:
     runners = {"ours": Runner(bundle), "torch": Runner.over(bundle, TorchBackend(model))}
     presets = {"published": ["ours", "torch", ORIGINAL], "fast": ["ours"]}
-    found = race(runners, model, rows=[8], presets=presets, repeats=1, image_repeats=1)
+    keeping = {"ours": Runner(bundle, first_pass_mb=8)}
+    found = race(
+        runners, model, rows=[8], presets=presets, keeping=keeping, repeats=1, image_repeats=2
+    )
     assert set(found.passes) == {(guided, rows) for guided in (False, True) for rows in (65, 8)}
     assert all(set(times) == {"ours", "torch"} for times in found.passes.values())
-    assert {name: list(times) for name, times in found.images.items()} == presets
+    again = {f"{name}{AGAIN}": ["ours"] for name in presets}
+    assert {name: list(times) for name, times in found.images.items()} == presets | again
+    assert keeping["ours"].first_passes.hits >= 2  # in every turn that counts
+    assert not any(runner.first_passes.hits for runner in runners.values())
     assert set(found.products) == set(found.gigaflop) == {65, 8}
     repeats = [some for times in found.passes.values() for some in times.values()]
     assert all(min(some) > 0 for some in repeats)
