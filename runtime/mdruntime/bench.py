@@ -126,7 +126,6 @@ def bench(
 
     spent.clear()
     times = time_samplings(runner, chosen, batch=batch, repeats=repeats, clock=clock, after=part)
-    caches = {name for pair in manifest.graphs["denoiser"].caches for name in pair}
     of_batches = runner.sampling(names[0] if names else "default", {})
     return Bench(
         model=manifest.name,
@@ -139,7 +138,7 @@ def bench(
         condition_ms=costs.condition_ms,
         decoder_ms=costs.decoder_ms,
         presets={
-            name: _spread(some, parts[chosen[name]][-len(some) :], batch, caches)
+            name: _spread(some, parts[chosen[name]][-len(some) :], batch, _caches(manifest))
             for name, some in times.items()
         },
         batches=time_batches(runner, of_batches, batches, repeats=repeats, clock=clock),
@@ -157,6 +156,11 @@ def _sizes(manifest: Manifest, batch: int) -> Iterable[tuple[PassShape, bool]]:
     for factor in (1, 2) if guidable(manifest) else (1,):
         for rows in {*manifest.buckets, canvas}:
             yield PassShape(batch, factor * batch, rows, rows, canvas), False
+
+
+def _caches(manifest: Manifest) -> set[str]:
+    """Return the names of all caches, as inputs and as outputs."""
+    return {name for pair in manifest.graphs["denoiser"].caches for name in pair}
 
 
 def _pass_times(costs: Costs) -> Iterable[PassTime]:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from numpy.typing import NDArray
 
 import mdexport
@@ -174,3 +175,28 @@ def test_a_precision_that_is_not_there_is_refused(folder: Path, capsys: Capture)
     without = replace(bundle, manifest=replace(bundle.manifest, graphs=graphs))
     with pytest.raises(mdruntime.SamplingError, match=r"fp32 here, got 'int8'; .* --int8$"):
         Runner(without, precision="int8")
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_rows_after_a_gelu_need_no_minimum(approximate: str) -> None:
+    """Its values are never below -0.171: whatever is less than that bound cannot be lost."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((48, 20)).astype(np.float32)
+    model = product(weight)
+    (node,) = model.graph
+    x = model.graph.inputs[0]
+    gelu = ir.node("Gelu", [x], {"approximate": approximate})
+    gelu.outputs[0].name, gelu.outputs[0].dtype = "gelu", ir.DataType.FLOAT
+    model.graph.insert_before(node, gelu)
+    node.replace_input_with(0, gelu.outputs[0])
+    assert len(quantise_rows(model.graph)) == 1
+    assert "ReduceMin" not in {node.op_type for node in model.graph}
+    rows = rng.standard_normal((2, 5, 48)).astype(np.float32)
+    rows[0, 0] = -np.linspace(0.1, 3, 48)  # nothing but the hollow of the curve
+    rows[0, 1] *= 100
+    exact = torch.nn.functional.gelu(torch.from_numpy(rows), approximate=approximate).numpy()
+    found, wanted = run(model, rows), exact.astype(np.float64) @ weight
+    error = np.sqrt(((found - wanted) ** 2).mean(-1) / (wanted**2).mean(-1))
+    assert error.max() < 0.03
+    dense = torch.nn.functional.gelu(torch.linspace(-3, 0, 100_001), approximate=approximate)
+    assert -float(dense.min()) < dynamic._GELU_DEPTH
