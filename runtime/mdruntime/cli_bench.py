@@ -149,7 +149,7 @@ def _say(found: Bench, manifest: Manifest) -> None:
     print(f"  batch      {found.batch}")
     if found.peak_mb:
         print(f"  memory     {found.peak_mb:.0f} MB at most, all of this process")
-    others = f"{found.steal:.1%} stolen by the host, {found.waited:.1%} waiting for cores"
+    others = f"{found.steal:.1%} stolen by the host, {found.waited:.1%} waiting"
     print(f"  noise      {found.noise:.0%} between repeats, {others}")
     tables = [_pass_lines(found, unit), _preset_lines(found, unit), _copied_lines(found)]
     if found.batches:
