@@ -17,18 +17,19 @@ from mdexport.model import Model
 from mdexport.rivals import TorchBackend
 from mdruntime.bundle import Bundle, open_bundle
 from mdruntime.cli_bench import noise_line, say_machine
+from mdruntime.cli_roofline import pass_name
 from mdruntime.errors import SamplingError
 from mdruntime.first import FIRST_PASS_MB
 from mdruntime.machine import Machine, this_machine
 from mdruntime.manifest import Manifest
 from mdruntime.records import to_json
 from mdruntime.runner import Runner
-from mdruntime.session import INT8
+from mdruntime.session import precisions_of
 
 __all__ = ["bench_command"]
 
 _EAGER, _COMPILED = "torch", "compiled"
-_NOTE = "\nagain: of what was asked for before, its first pass kept (load's first_pass_mb)"
+_NOTE = "again: of what was asked for before, its first pass kept (load's first_pass_mb)"
 
 
 @click.command("bench")
@@ -111,8 +112,8 @@ def _model(manifest: Manifest, options: Mapping[str, Any]) -> Model:
 
 def _ours(bundle: Bundle, options: Mapping[str, Any], first_pass_mb: float) -> dict[str, Runner]:
     """Return the runtime in each precision of the bundle."""
-    built = ["fp32", *([INT8] if INT8 in bundle.manifest.graphs["denoiser"].spellings else [])]
     kept = {"threads": options["threads"], "first_pass_mb": first_pass_mb}
+    built = precisions_of(bundle.manifest)
     return {name: Runner(bundle, precision=name, **kept) for name in built}
 
 
@@ -164,14 +165,15 @@ def _image_lines(found: Race, names: list[str]) -> list[str]:
     medians = {name: _medians(times) for name, times in samples.items()}
     original = found.images["published"].get(ORIGINAL)
     if original is None:
-        return ["", *_table("median ms of a sample", medians, names, 1), _NOTE.strip()]
+        return ["", *_table("median ms of a sample", medians, names, 1), _NOTE]
     ratios = {name: _ratios(times, original) for name, times in samples.items()}
     return [
         "",
         *_table("median ms of a sample", medians, [*names, ORIGINAL], 1),
         "",
         *_table(f"times as fast as {ORIGINAL}", ratios, names, 2),
-        f"Ratios are medians over turns, in which all ran one after another.{_NOTE}",
+        "Ratios are medians over turns, in which all ran one after another.",
+        _NOTE,
     ]
 
 
@@ -181,7 +183,7 @@ def _kept(preset: str) -> bool:
 
 
 def _pass_name(guided: bool, rows: int, full: int) -> str:
-    return f"{'full' if rows == full else 'partial'}, {rows} rows{', guided' if guided else ''}"
+    return pass_name(rows, full) + (", guided" if guided else "")
 
 
 def _medians(times: Mapping[str, Times]) -> dict[str, float]:

@@ -14,8 +14,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mdexport.dynamic import DOMAIN, WEIGHT_LEVELS, quantise_rows
-from mdexport.quantise import constant, drop_unused, export_weights, place, quantised, tensor_of
+from mdexport.quantise import drop_unused, export_weights, quantised, tensor_of
 from mdexport.replay import replay
+from mdexport.tapes import constant, place
 
 __all__ = ["convolutions", "quantise_convolutions", "ranges_of", "write_cpu_int8_images"]
 

@@ -18,14 +18,13 @@ import onnx_ir as ir
 
 from mdexport.quantise import (
     NO_PRODUCTS,
-    constant,
     drop_unused,
     export_weights,
-    place,
     products,
     quantised,
     tensor_of,
 )
+from mdexport.tapes import constant, place
 from mdruntime.errors import VerificationError
 
 __all__ = ["DOMAIN", "WEIGHT_LEVELS", "quantise_rows", "write_cpu_int8"]

@@ -9,7 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-__all__ = ["GROUPS", "as_instances", "in_steps", "replace_node"]
+from mdexport.tapes import constant, replace_node
+
+__all__ = ["GROUPS", "as_instances", "in_steps"]
 
 GROUPS = "GroupNormalization"
 
@@ -35,14 +37,11 @@ class _Norm:
     def number(self, name: str, numbers: object) -> ir.Value:
         """Record a constant of the images' type."""
         dtype = self.images.dtype or ir.DataType.FLOAT
-        return self._constant(name, np.asarray(numbers, dtype.numpy()))
+        return constant(self.tape, f"{self.node.name}.{name}", np.asarray(numbers, dtype.numpy()))
 
     def sizes(self, name: str, *numbers: int) -> ir.Value:
         """Record a constant of sizes or axes."""
-        return self._constant(name, np.array(numbers, np.int64))
-
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        return self.tape.initializer(ir.tensor(array), name=f"{self.node.name}.{name}")
+        return constant(self.tape, f"{self.node.name}.{name}", np.array(numbers, np.int64))
 
     def flat(self) -> ir.Value:
         """Return the images as (batch, groups, numbers of a group)."""
@@ -96,17 +95,3 @@ def _in_steps(graph: ir.Graph, node: ir.Node) -> None:
     factor = tape.op("Div", [tape.op("Reshape", [norm.scale, grouped]), deviation])
     scaled = tape.op("Mul", [norm.back(centred), norm.column(factor)])
     replace_node(graph, node, tape, tape.op("Add", [scaled, norm.column(norm.bias)]))
-
-
-def replace_node(graph: ir.Graph, node: ir.Node, tape: Tape, result: ir.Value) -> None:
-    """Put what a tape has recorded in the place of a node; all of it is of one type."""
-    old = node.outputs[0]
-    assert old.dtype is not None  # every value of a traced graph has a type
-    result.shape, result.type, result.name = old.shape, old.type, f"{old.name}.spelled"
-    for made in tape.nodes:
-        made.metadata_props.update(node.metadata_props)
-        for value in made.outputs:
-            value.dtype = old.dtype
-    for initializer in tape.initializers:
-        graph.register_initializer(initializer)
-    ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, [old], [result])

@@ -10,8 +10,9 @@ not truth values.
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from mdexport.groups import GROUPS, as_instances, replace_node
+from mdexport.groups import GROUPS, as_instances
 from mdexport.spelling import spell_attention_out
+from mdexport.tapes import replace_node
 
 __all__ = ["lower"]
 

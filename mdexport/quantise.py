@@ -17,15 +17,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mdexport.calibration import LEVELS
+from mdexport.tapes import place
 from mdexport.trace import MODULE
 
 __all__ = [
     "NO_PRODUCTS",
     "Product",
-    "constant",
     "drop_unused",
     "export_weights",
-    "place",
     "products",
     "quantise",
     "quantised",
@@ -143,21 +142,6 @@ def _typed(made: ir.Value, like: ir.Value) -> ir.Value:
 def _type(value: ir.Value) -> ir.DataType:
     assert value.dtype is not None
     return value.dtype
-
-
-def constant(tape: ir.tape.Tape, name: str, value: NDArray[Any] | np.generic) -> ir.Value:
-    """Record an initializer."""
-    return tape.initializer(ir.tensor(np.asarray(value)), name=name)
-
-
-def place(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape, *, after: bool = False) -> None:
-    """Put what a tape has recorded before a node, or after it."""
-    for made in tape.nodes:
-        made.metadata_props.update(node.metadata_props)
-    for initializer in tape.initializers:
-        graph.register_initializer(initializer)
-    put = graph.insert_after if after else graph.insert_before
-    put(node, tape.nodes)
 
 
 def drop_unused(graph: ir.Graph) -> None:

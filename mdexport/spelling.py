@@ -9,6 +9,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from mdexport.tapes import replace_node
+
 __all__ = ["TENSORRT_OPSET", "drop_output", "keep_softmax_in_float32", "spell_attention_out"]
 
 TENSORRT_OPSET = 20
@@ -66,10 +68,4 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
     if dtype != wide:
         weights.dtype = wide
         weights = put("narrow", "Cast", weights, to=dtype.value)
-    mixed = put("spelled", "MatMul", weights, value)
-    mixed.shape = old.shape
-    for made in tape.nodes:
-        made.metadata_props.update(node.metadata_props)
-    for initializer in tape.initializers:
-        graph.register_initializer(initializer)
-    ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, [old], [mixed])
+    replace_node(graph, node, tape, put("spelled", "MatMul", weights, value))

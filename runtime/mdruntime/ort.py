@@ -18,7 +18,7 @@ from mdruntime.manifest import GraphSpec
 from mdruntime.ort_binding import Binding, Bindings, Caches, Copy
 from mdruntime.ort_cuda import EAGER, Captures
 from mdruntime.ort_open import Opened, explained, first_line, numbered, open_graph, share
-from mdruntime.session import Feeds, Outputs
+from mdruntime.session import CLOSED, Feeds, Outputs
 
 __all__ = ["OrtSession", "available_threads", "import_onnxruntime", "open_ort"]
 
@@ -218,7 +218,7 @@ class OrtSession:
 
     def _open_session(self) -> Opened:
         if self._opened is None:
-            raise BundleError("the pipeline is closed; load the bundle again")
+            raise BundleError(CLOSED)
         return self._opened
 
     def _make_room(self, opened: Opened, rows: int) -> None:

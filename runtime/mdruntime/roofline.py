@@ -17,7 +17,8 @@ from mdruntime.ort import open_ort
 from mdruntime.probe import Clock, Probe
 from mdruntime.profiled import Node, Run, read_profile
 from mdruntime.runner import Runner
-from mdruntime.session import Session, Sessions, spelling_of
+from mdruntime.session import Session, spelling_of
+from mdruntime.sessions import Sessions
 from mdruntime.timing import interleaved
 
 __all__ = ["Operator", "PassProfile", "PassWork", "Roofline", "profile_passes", "roofline"]

@@ -227,7 +227,8 @@ class Runner:
                         "finish one first, or run the other on a clone()"
                     )
         finally:
-            self._unfinished &= run != self._runs
+            if run == self._runs:
+                self._unfinished = False
 
     def request(self, batch: int, options: dict[str, Any]) -> tuple[Sampling, Randomness]:
         """Return what a call asks for: ``seed``, ``first_index``, ``preset``, sampler options."""

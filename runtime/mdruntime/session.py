@@ -4,7 +4,6 @@ A *session* runs a graph; a *backend* is all of a bundle on one provider and ope
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +12,10 @@ from numpy.typing import NDArray
 
 from mdruntime.bundle import Bundle
 from mdruntime.errors import ProviderError, SamplingError
+from mdruntime.manifest import Manifest
 
 __all__ = [
+    "CLOSED",
     "INT8",
     "ON_DEMAND",
     "PROVIDERS",
@@ -23,10 +24,10 @@ __all__ = [
     "FunctionSession",
     "Outputs",
     "Session",
-    "Sessions",
     "Wrapper",
     "open_backend",
     "open_session",
+    "precisions_of",
     "spelling_of",
 ]
 
@@ -37,7 +38,8 @@ Outputs = dict[str, Array]
 PROVIDERS = ("cpu", "cuda", "tensorrt", "ort-tensorrt")
 ON_DEMAND = ("decoder", "encoder")
 """Graphs that run before or after all passes, and need no memory in between."""
-_IN_TURNS = ("denoiser", *ON_DEMAND)  # graphs of which one at a time is needed
+CLOSED = "the pipeline is closed; load the bundle again"
+"""What a session says that is used after it was closed."""
 INT8 = "int8"
 """Spelling of denoiser and decoder with products in int8, for CPUs."""
 
@@ -153,55 +155,6 @@ class Wrapper:
         self.inner.close()
 
 
-class Sessions:
-    """A backend whose sessions have nothing in common."""
-
-    def __init__(
-        self, provider: str, opened: Callable[[str], Session], *, reduce_memory: bool = False
-    ) -> None:
-        """Take the provider's name and what opens the session of a graph."""
-        self.provider = provider
-        self._opened = opened
-        self._reduce_memory = reduce_memory
-        self._sessions: dict[str, Session] = {}
-
-    def session(self, graph: str) -> Session:
-        """Return the session of a graph."""
-        if graph not in self._sessions:
-            self._sessions[graph] = self._new(graph)
-        return self._sessions[graph]
-
-    def _new(self, graph: str) -> Session:
-        if not (self._reduce_memory and graph in _IN_TURNS):
-            return self._opened(graph)
-        from mdruntime.on_demand import OnDemand
-
-        session = OnDemand(self.provider, partial(self._opened, graph))
-        session.open()  # what is wrong with it is found out now
-        return session
-
-    def release(self, graph: str) -> None:
-        """Close the session of a graph until it runs again, where memory is short."""
-        if self._reduce_memory and graph in _IN_TURNS and graph in self._sessions:
-            self._sessions[graph].close()
-
-    @property
-    def notes(self) -> list[str]:
-        """What the sessions say of themselves, those that say anything."""
-        return [note for one in self._sessions.values() for note in getattr(one, "notes", ())]
-
-    def clone(self) -> "Sessions":
-        """Return a backend with clones of the sessions."""
-        twin = Sessions(self.provider, self._opened, reduce_memory=self._reduce_memory)
-        twin._sessions = {graph: session.clone() for graph, session in self._sessions.items()}
-        return twin
-
-    def close(self) -> None:
-        """Close all sessions."""
-        for session in self._sessions.values():
-            session.close()
-
-
 def open_backend(
     bundle: Bundle,
     provider: str,
@@ -239,10 +192,18 @@ def open_backend(
     if engines is not None:
         raise SamplingError(f"engines are TensorRT's; provider {provider!r} has none")
 
+    from mdruntime.sessions import Sessions
+
     def opened(graph: str) -> Session:
         return open_session(bundle, graph, provider, threads=threads, spelling=spelling)
 
     return Sessions(provider, opened, reduce_memory=reduce_memory)
+
+
+def precisions_of(manifest: Manifest) -> list[str]:
+    """Return the precisions that a bundle was built in, its own first."""
+    spellings = manifest.graphs["denoiser"].spellings
+    return [manifest.precision, *([INT8] if INT8 in spellings else [])]
 
 
 def spelling_of(bundle: Bundle, provider: str, precision: str) -> str:
@@ -255,8 +216,7 @@ def spelling_of(bundle: Bundle, provider: str, precision: str) -> str:
     manifest = bundle.manifest
     if precision in ("", manifest.precision):
         return ""
-    spellings = manifest.graphs["denoiser"].spellings
-    built = [manifest.precision, *([INT8] if INT8 in spellings else [])]
+    built = precisions_of(manifest)
     if precision not in built:
         cure = ""
         if precision == INT8:

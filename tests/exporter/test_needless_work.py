@@ -82,10 +82,10 @@ def test_images_of_free_size_are_refused() -> None:
         in_steps(group_norm(ones, ones, 2, side="height"))
 
 
-def update(new: list[Any], width: int = 2) -> ir.Model:
+def update(new: list[Any]) -> ir.Model:
     """Return a graph that updates a cache (rows, 3, canvas, 2), as PyTorch exports it."""
     tape, whole, number = ir.tape.Tape(), ir.DataType.INT64, ir.DataType.FLOAT
-    cache = ir.val("cache", number, ["rows", 3, "canvas", width])
+    cache = ir.val("cache", number, ["rows", 3, "canvas", 2])
     places = [
         ir.val("row", whole, ["rows", 1, 1]),
         ir.val("head", whole, [1, 3, 1]),
@@ -93,7 +93,7 @@ def update(new: list[Any], width: int = 2) -> ir.Model:
     ]
     values, size = ir.val("new", number, new), ir.val("size", whole, [3])
     last = tape.initializer(ir.tensor(np.array([-1])), name="last")
-    inner = tape.initializer(ir.tensor(np.array([width])), name="inner")
+    inner = tape.initializer(ir.tensor(np.array([2])), name="inner")
     indices = [tape.op("Unsqueeze", [tape.op("Expand", [place, size]), last]) for place in places]
     shape = tape.op("Concat", [size, inner], {"axis": 0})
     updates = tape.op("Expand", [values, shape])

@@ -109,6 +109,15 @@ def test_a_pass_over_keys_and_values_that_are_gone_is_refused(digits_bundle: Pat
     runner.close()
 
 
+def test_a_pipeline_that_was_closed_stays_so(altered_folder: Path) -> None:
+    pipeline = mdruntime.load(altered_folder, check=False, reduce_memory=True)
+    pipeline.generate([1])
+    pipeline.close()
+    with pytest.raises(mdruntime.BundleError, match="the pipeline is closed"):
+        pipeline.generate([1])
+    assert held(altered_folder) == set()
+
+
 def test_first_passes_are_kept_over_it(digits_bundle: Path) -> None:
     options: dict[str, Any] = {"threads": 1, "check": False}
     small = mdruntime.load(digits_bundle, reduce_memory=True, first_pass_mb=8, **options)

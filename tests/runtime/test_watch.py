@@ -12,7 +12,8 @@ from mdruntime.bundle import open_bundle
 from mdruntime.machine import peak_mb
 from mdruntime.pipeline import Pipeline
 from mdruntime.runner import Runner
-from mdruntime.session import Feeds, FunctionSession, Outputs, Session, Sessions
+from mdruntime.session import Feeds, FunctionSession, Outputs, Session
+from mdruntime.sessions import Sessions
 from mdruntime.watch import WatchedBackend
 
 

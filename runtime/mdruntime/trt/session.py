@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mdruntime.cuda import Stream
 from mdruntime.denoiser import CONDITION
 from mdruntime.errors import BundleError, EngineError, SamplingError
-from mdruntime.session import Feeds, Outputs
+from mdruntime.session import CLOSED, Feeds, Outputs
 from mdruntime.trt.buffers import Block, CacheSets, Place, arrange
 from mdruntime.trt.capture import Kept, Passes
 from mdruntime.trt.device import Activations, TrtDevice
@@ -131,7 +131,7 @@ class TrtSession:
     def _ready(self) -> None:
         self._device.guard.check()
         if self._held is None:
-            raise BundleError("the pipeline is closed; load the bundle again")
+            raise BundleError(CLOSED)
         if self._generation != self._activations.generation:
             self._passes.clear()  # they were captured with another address
             self._generation = self._activations.generation
